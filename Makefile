@@ -1,0 +1,32 @@
+# make demo   install, prepare Shakespeare, train a small GPT on the CPU, let it write
+# make test   install what the tests need too, and run them
+# make lint   check the style
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: demo test lint
+.DELETE_ON_ERROR:
+
+demo: .venv/installed data/shakespeare/train.bin
+	$(PY) train.py config/train_shakespeare.py --init_from=auto
+	$(PY) sample.py --out_dir=out-shakespeare --num_samples=2
+
+test: .venv/installed-dev
+	$(PY) -m pytest
+
+lint: .venv/installed-dev
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+
+data/shakespeare/train.bin: | .venv/installed
+	$(PY) prepare.py
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit("flatgpt needs Python 3.11 or newer: make demo PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(PY) -m pip install --disable-pip-version-check -r requirements-dev.txt
+	@touch $@

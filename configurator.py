@@ -1,0 +1,141 @@
+"""A script's knobs are the plain globals at its top; this lets config files and flags override them.
+
+    python train.py config/train_shakespeare.py --batch_size=8 --compile
+
+In a script, after the last knob:
+
+    config = configure(globals())  # {name: value}, the effective knobs
+
+A config file is Python, run over the knobs (so it can compute with them): run only files you trust. Files and
+flags are taken in the order they are written, and later wins. A name that is no knob is an error, so is a value
+of another type than the default's; names that begin with `_` are a file's own scratch variables. Whatever is wrong
+ends the script with one sentence and status 1.
+"""
+
+import ast
+import contextlib
+import difflib
+import os
+import sys
+import tokenize
+import types
+
+# Knobs of nanoGPT's configs that nothing here needs: a note instead of an error, so that those configs run.
+NANOGPT_ONLY = {
+    'eval_iters': 'evaluation always reads the whole validation split',
+    'wandb_log': 'every run is logged to log.jsonl in its out_dir',
+    'wandb_project': 'every run is logged to log.jsonl in its out_dir',
+    'wandb_run_name': 'every run is logged to log.jsonl in its out_dir',
+}
+
+
+def configure(script, args=None):
+    """Override the knobs in `script` (a module's globals()) from `args` (default: the command line).
+
+    Knobs are the public names bound to an int, float, bool, str or None so far. One whose default is None says what
+    else it takes in its annotation: `seed: int | None = None`. Returns the effective knobs as a dict.
+    """
+    kinds = (int, float, bool, str, types.NoneType)
+    knobs = {name: value for name, value in script.items() if name[0] != '_' and type(value) in kinds}
+    annotations = sys.modules[script['__name__']].__annotations__
+    accepted = {name: _types(annotations.get(name, type(knobs[name]))) for name in knobs}
+    args = sys.argv[1:] if args is None else args
+    if '--help' in args or '-h' in args:
+        _print_help(script, knobs)
+        sys.exit(0)
+    for arg in args:
+        if not arg.startswith('-'):
+            given = _run_config_file(arg, knobs)
+        elif arg.startswith('--'):
+            name, equals, text = arg[2:].partition('=')
+            bare = accepted.get(name) == (bool,) and not equals  # --compile is --compile=True
+            if not equals and not bare and name in knobs:
+                sys.exit(f'--{name} needs a value: --{name}={knobs[name]}')
+            given = {name: True if bare else text}
+        else:
+            sys.exit(f'{arg} is not understood: flags are written --name=value, config files by their path.')
+        source = arg.partition('=')[0]
+        for name, value in given.items():
+            if name in NANOGPT_ONLY:
+                print(f'{source}: {name} is not needed: {NANOGPT_ONLY[name]}.')
+            elif name not in knobs:
+                nearest = difflib.get_close_matches(name, knobs, n=1)
+                hint = f'Did you mean {nearest[0]}?' if nearest else '--help lists them all.'
+                sys.exit(f'{source}: there is no knob named {name}. {hint}')
+            else:
+                from_text = arg.startswith('--') and isinstance(value, str)
+                knobs[name] = _checked(source, name, value, accepted[name], from_text)
+    script.update(knobs)
+    return knobs
+
+
+@contextlib.contextmanager
+def errors_in_one_sentence():
+    """Turn the errors that bad input raises (ValueError, OSError) into one sentence and status 1."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+
+
+def _types(annotation):
+    return annotation.__args__ if isinstance(annotation, types.UnionType) else (annotation,)
+
+
+def _run_config_file(path, knobs):
+    """The public variables a config file sets; the knobs as they are so far are its starting point."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            code = compile(file.read(), path, 'exec')
+        before = dict(knobs) | {'__file__': path, '__name__': 'config'}
+        after = dict(before)
+        exec(code, after)
+    except FileNotFoundError:
+        sys.exit(f'There is no config file {path}. Flags are written --name=value.')
+    except Exception as error:  # whatever the user's code raises
+        line = getattr(error, 'lineno', None) or _line_of(error)
+        sys.exit(f'{path}, line {line}: {type(error).__name__}: {getattr(error, "msg", error)}')
+    public = {name: value for name, value in after.items() if name[0] != '_' and not callable(value)}
+    return {
+        name: value
+        for name, value in public.items()
+        if not isinstance(value, types.ModuleType) and (name not in before or before[name] is not value)
+    }
+
+
+def _line_of(error):
+    trace = error.__traceback__
+    while trace.tb_next:
+        trace = trace.tb_next
+    return trace.tb_lineno
+
+
+def _checked(source, name, value, kinds, from_text):
+    """`value` as one of `kinds`; a flag's text is read as a Python literal unless the knob takes text."""
+    if from_text and (str not in kinds or (value == 'None' and types.NoneType in kinds)):
+        with contextlib.suppress(Exception):  # no literal: refused below
+            value = ast.literal_eval({'true': 'True', 'false': 'False'}.get(value, value))
+    if type(value) is int and float in kinds:
+        with contextlib.suppress(OverflowError):
+            value = float(value)
+    if type(value) not in kinds:
+        wanted = ' or '.join('None' if kind is types.NoneType else kind.__name__ for kind in kinds)
+        sys.exit(f'{source}: {name} takes {wanted}, not {value!r}.')
+    return value
+
+
+def _print_help(script, knobs):
+    """Every knob with its default and the comment behind it; a comment line of its own is a heading."""
+    print(f'{script["__doc__"].strip()}\n\nknobs (default) and what they are:')
+    with tokenize.open(script['__file__']) as file:
+        tokens = list(tokenize.generate_tokens(file.readline))
+    comments = {token.start[0]: token for token in tokens if token.type == tokenize.COMMENT}
+    assigned = {token.start[0]: token.string for token in tokens if token.type == tokenize.NAME and not token.start[1]}
+    last = max(line for line, name in assigned.items() if name in knobs)
+    for line, comment in sorted(comments.items()):
+        if line <= last and assigned.get(line) in knobs:
+            name = assigned[line]
+            print(f'  --{name}={knobs[name]!r}'.ljust(38) + comment.string.lstrip('# '))
+        elif line <= last and comment.start[1] == 0 and comment.string.strip('# -'):
+            print(f'\n{comment.string.strip("# -")}')
+    print(f'\nConfig files are Python: python {os.path.basename(script["__file__"])} config/NAME.py --knob=value')

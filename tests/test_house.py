@@ -1,0 +1,35 @@
+"""The house itself: its size, and who knows whom."""
+
+import ast
+
+from conftest import ROOT
+
+PRODUCT = sorted(ROOT.glob('*.py'))
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def test_the_code_stays_within_its_line_budget():
+    lines = {path.name: len(path.read_text().splitlines()) for path in PRODUCT}
+    assert len(lines) >= 7
+    assert sum(lines.values()) <= 2400 and lines['train.py'] <= 420 and lines['model.py'] <= 520, lines
+
+
+def test_the_model_can_be_copied_out_alone_and_nobody_imports_the_loop():
+    ours = {path.stem for path in PRODUCT}
+    assert not ours & set(imports(ROOT / 'model.py'))
+    for path in PRODUCT:
+        assert 'train' not in set(imports(path)), path.name
+
+
+def test_nothing_is_unpickled_but_weights():
+    for path in PRODUCT:
+        text = path.read_text()
+        assert 'pickle' not in text and 'allow_pickle=True' not in text, path.name
+        assert text.count('torch.load(') == text.count('weights_only=True)'), path.name

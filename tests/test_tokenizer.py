@@ -1,0 +1,101 @@
+import json
+
+import pytest
+import tiktoken
+import tokenizers as hf
+from conftest import ROOT, TEXT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tokenizer as tk
+
+SAMPLES = [
+    'Hello, world!\r\n\r\n\tIndented.  Two  spaces \n\n\n',
+    '床前明月光，疑是地上霜。舉頭望明月，低頭思故鄉。',
+    'আমার সোনার বাংলা, আমি তোমায় ভালোবাসি।',
+    '👩‍👩‍👧‍👦 🇧🇩 naïve café — ﷽ \u200f\x00\ufeff',
+    'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa12345678901',
+    '<|endoftext|> is plain text here',
+]
+
+
+@pytest.fixture(scope='module')
+def encodings():
+    texts = [TEXT, *SAMPLES]
+    return {kind: tk.build(kind, texts, vocab_size=400) for kind in tk.KINDS}
+
+
+@pytest.mark.parametrize('kind', tk.KINDS)
+def test_round_trip_is_exact_and_survives_saving(encodings, kind, tmp_path):
+    encoding = encodings[kind]
+    assert isinstance(encoding, tiktoken.Encoding) and encoding.name == kind
+    tk.save(encoding, tmp_path)
+    loaded = tk.load(tmp_path)
+    assert (loaded.name, loaded.n_vocab) == (kind, encoding.n_vocab)
+    assert tk.end_of_text_id(loaded) == tk.end_of_text_id(encoding) == encoding.n_vocab - 1
+    for text in SAMPLES:
+        ids = tk.encode(encoding, text)
+        assert encoding.decode_bytes(ids) == text.encode()
+        assert list(tk.encode(loaded, text)) == list(ids)
+
+
+@pytest.mark.parametrize('kind', ['gpt2', 'bpe', 'byte'])
+@settings(max_examples=300, deadline=None)
+@given(text=st.text())
+def test_any_unicode_round_trips(encodings, kind, text):
+    ids = tk.encode(encodings[kind], text)
+    assert encodings[kind].decode_bytes(ids) == text.encode()
+    assert all(i < encodings[kind].n_vocab - 1 for i in ids), 'text must never become end-of-text'
+
+
+@pytest.mark.parametrize('kind', tk.KINDS)
+def test_the_saved_file_gives_the_same_ids_in_hugging_face_tokenizers(encodings, kind, tmp_path):
+    tk.save(encodings[kind], tmp_path)
+    theirs = hf.Tokenizer.from_file(str(tmp_path / 'tokenizer.json'))
+    for text in [*SAMPLES[:-1], TEXT]:
+        ids = list(tk.encode(encodings[kind], text))
+        assert theirs.encode(text).ids == ids
+        assert theirs.decode(ids) == text
+
+
+def test_gpt2_is_the_published_one(encodings):
+    assert encodings['gpt2'].n_vocab == 50257
+    assert list(tk.encode(encodings['gpt2'], 'Hello world')) == [15496, 995]
+
+
+def test_a_bpe_vocabulary_has_the_size_asked_for_and_shortens_its_text():
+    text = (ROOT / 'corpus' / 'shakespeare.txt').read_text()[:300_000]
+    encoding = tk.build('bpe', [text], vocab_size=1000)
+    assert encoding.n_vocab == 1000
+    assert len(tk.encode(encoding, text)) < len(text) / 2.2
+
+
+def test_a_char_vocabulary_is_the_sorted_alphabet_as_in_nanogpt():
+    encoding = tk.build('char', ['hello'], end_of_text=False)
+    assert encoding.n_vocab == 4
+    assert list(tk.encode(encoding, 'hole')) == [1, 3, 2, 0]
+
+
+def test_a_character_outside_the_alphabet_is_named(encodings):
+    with pytest.raises(ValueError, match=r"2 characters outside .*'§' \(U\+00A7\).*'中' \(U\+4E2D\)"):
+        tk.encode(tk.build('char', ['abc']), 'a§中')
+
+
+@pytest.mark.parametrize('kind', tk.KINDS)
+def test_lone_surrogates_are_refused(encodings, kind):
+    with pytest.raises(ValueError, match=r'lone surrogate U\+D83D at character 1'):
+        tk.encode(encodings[kind], 'a\ud83d')
+
+
+def test_gpt2_that_cannot_be_downloaded_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(tiktoken.registry, 'ENCODINGS', {})
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
+    with pytest.raises(ConnectionError, match='could not be downloaded.*TIKTOKEN_CACHE_DIR'):
+        tk.build('gpt2')
+
+
+@pytest.mark.parametrize('contents', ['', '{}', '[]', '{"model": 1}', json.dumps({'model': {'vocab': {'\u4e2d': 0}}})])
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, contents):
+    (tmp_path / 'tokenizer.json').write_text(contents)
+    with pytest.raises(ValueError, match='is not a byte-level BPE tokenizer'):
+        tk.load(tmp_path)

@@ -1,0 +1,315 @@
+import json
+import math
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEXT, TINY, command
+from safetensors.torch import load_file
+
+from data import IGNORE, Dataset, count_windows, training_order, windows
+from model import GPT
+
+
+def records(out):
+    return [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
+
+
+def losses(out, key='val_loss'):
+    return {record['step']: record[key] for record in records(out) if key in record}
+
+
+def train(run, *args, out='out', code=0):
+    result = run('train.py', '--dataset=sheep', f'--out_dir={out}', *TINY, *args)
+    assert result.code == code, result.err
+    return result
+
+
+def same(a, b):
+    """Whether two nested structures of tensors and values are identical to the bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_training_learns_and_the_three_scripts_work_from_the_command_line(tmp_path):
+    (tmp_path / 'sheep.txt').write_text(TEXT)
+    first = command('prepare.py', '--input=sheep.txt', '--vocab_size=300', cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    flags = [*TINY, '--max_iters=120', '--learning_rate=1e-2', '--eval_interval=60', '--out_dir=o']
+    second = command('train.py', '--dataset=sheep', *flags, cwd=tmp_path)
+    assert second.returncode == 0 and not second.stderr, second.stderr
+    third = command('sample.py', '--out_dir=o', '--start=1 sheep', '--temperature=0', '--num_samples=1', cwd=tmp_path)
+    assert third.returncode == 0 and not third.stderr, third.stderr
+    assert third.stdout.startswith('1 sheep jumped over the')
+    assert max(len(line) for output in (first, second) for line in output.stdout.splitlines()) <= 100
+    assert losses(tmp_path / 'o')[120] < 0.5 * losses(tmp_path / 'o')[0]
+
+
+def test_one_batch_can_be_learned_by_heart(run, tmp_path):
+    text = 'To be, or not to be, that is the question: Whether tis nobler in the mind to suffer. '
+    (tmp_path / 'sheep.txt').write_text(text)
+    assert run('prepare.py', '--input=sheep.txt', '--tokenizer=char').code == 0
+    train(run, '--max_iters=150', '--learning_rate=1e-2', '--block_size=16', '--batch_size=5')
+    assert losses(tmp_path / 'out', 'loss')[150] < 0.05
+
+
+def test_max_iters_updates_exactly_and_the_last_one_is_evaluated_and_saved(run, sheep, tmp_path, monkeypatch):
+    updates = []
+    adamw = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, 'step', lambda *a, **k: updates.append(1) or adamw(*a, **k))
+    result = train(run, '--max_iters=7', '--eval_interval=5', '--log_interval=3')
+    assert len(updates) == 7
+    assert list(losses(tmp_path / 'out')) == [0, 5, 7]
+    assert list(losses(tmp_path / 'out', 'loss')) == [3, 6, 7]
+    saved = tmp_path / 'out' / 'step_00000007'
+    assert GPT.from_pretrained(saved).config.n_layer == 2
+    assert json.loads((saved / 'meta.json').read_text())['val_loss'] == losses(tmp_path / 'out')[7]
+    weights = result.globals['model'].state_dict()
+    assert same(dict(weights), dict(GPT.from_pretrained(saved).state_dict()))
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_resuming_is_as_if_it_never_stopped(run, sheep, tmp_path, dtype):
+    flags = ['--max_iters=20', '--eval_interval=10', '--dropout=0.2', '--warmup_iters=5', '--log_interval=3']
+    flags += ['--gradient_accumulation_steps=2', f'--dtype={dtype}']
+    train(run, *flags, out='whole')
+    shutil.copytree(tmp_path / 'whole', tmp_path / 'killed')
+    shutil.rmtree(tmp_path / 'killed' / 'step_00000020')
+    train(run, *flags, '--init_from=resume', out='killed')
+    files = [tmp_path / name / 'step_00000020' for name in ('whole', 'killed')]
+    assert (files[0] / 'model.safetensors').read_bytes() == (files[1] / 'model.safetensors').read_bytes()
+    a, b = (torch.load(file / 'train_state.pt', weights_only=True) for file in files)
+    assert a['optimizer']['state'][0]['exp_avg'].any()
+    assert same(a['optimizer'], b['optimizer']) and same(a['scaler'], b['scaler'])
+    times = ('tokens_per_second', 'train_seconds')
+    logs = [[{k: v for k, v in r.items() if k not in times} for r in records(tmp_path / n)] for n in ('whole', 'killed')]
+    assert logs[0] == logs[1]
+
+
+def test_auto_starts_and_then_resumes(run, sheep, tmp_path):
+    flags = ['--init_from=auto', '--eval_interval=2']
+    assert 'resume' not in train(run, *flags, '--max_iters=4').out
+    assert 'step 4' in train(run, *flags, '--max_iters=6').out
+    assert list(losses(tmp_path / 'out')) == [0, 2, 4, 6]
+    again = train(run, *flags, '--max_iters=6')
+    assert list(losses(tmp_path / 'out')) == [0, 2, 4, 6] and 'Best validation loss' in again.out
+
+
+def test_micro_steps_change_neither_the_gradient_nor_the_logged_loss(run, sheep, tmp_path, monkeypatch):
+    """One step of 8 windows, the padded last window of the epoch among them, against float64 on all tokens at once."""
+    gradients, weights = [], []
+
+    def record(optimizer, *args, **kwargs):
+        parameters = [p for group in optimizer.param_groups for p in group['params']]
+        gradients.append([p.grad.clone() for p in parameters])
+        weights.append([p.clone() for p in parameters])
+
+    monkeypatch.setattr(torch.optim.AdamW, 'step', record)
+    data = Dataset('sheep', root=tmp_path / 'data')
+    n = count_windows(data.train, 32)
+    seed = next(s for s in range(10**4) if n - 1 in training_order(range(8), n, s))
+    assert (len(data.train) - 1) % 32, 'the last window must be a partial one'
+    for accumulation in (1, 2, 4, 8):
+        flags = [f'--gradient_accumulation_steps={accumulation}', f'--batch_size={8 // accumulation}', f'--seed={seed}']
+        out = f'out{accumulation}'
+        result = train(run, *flags, '--max_iters=1', '--log_interval=1', '--grad_clip=0.0', out=out)
+        assert losses(tmp_path / out, 'loss')[1] == pytest.approx(losses(tmp_path / 'out1', 'loss')[1], abs=1e-6)
+        for a, b in zip(gradients[0], gradients[-1], strict=True):
+            assert (a - b).abs().max() < 1e-6
+
+    model = result.globals['model'].double()
+    x, y = windows(data.train, 32, training_order(range(8), n, seed))
+    log_probabilities = model(x).log_softmax(-1).gather(-1, y.clamp(min=0)[..., None])[..., 0]
+    loss = -log_probabilities[y != IGNORE].mean()
+    assert losses(tmp_path / 'out1', 'loss')[1] == pytest.approx(loss.item(), abs=1e-6)
+    loss.backward()
+    reference = [p.grad for group in model.parameter_groups(0.1) for p in group['params']]
+    for a, b in zip(gradients[0], reference, strict=True):
+        assert (a - b).abs().max() < 1e-6
+
+
+def test_the_validation_loss_is_that_of_the_whole_split_for_any_batch_size(run, sheep, tmp_path):
+    found = {}
+    for batch_size in (1, 3, 8, 64):
+        result = train(run, f'--batch_size={batch_size}', '--max_iters=0', out=f'out{batch_size}')
+        found[batch_size] = losses(tmp_path / f'out{batch_size}')[0]
+    data, model = Dataset('sheep', root=tmp_path / 'data'), result.globals['model'].double().eval()
+    tokens = torch.from_numpy(data.val.astype(np.int64))
+    nats = []
+    for start in range(0, len(tokens) - 1, 32):  # window by window, token by token
+        window = tokens[start : start + 33]
+        log_probabilities = model(window[None, :-1])[0].log_softmax(-1)
+        nats += [-log_probabilities[t, window[t + 1]].item() for t in range(len(window) - 1)]
+    assert len(nats) == len(tokens) - 1
+    for loss in found.values():
+        assert loss == pytest.approx(math.fsum(nats) / len(nats), abs=1e-6)
+
+
+def test_bits_per_byte_of_a_uniform_model_are_those_of_its_vocabulary(run, sheep, tmp_path, monkeypatch):
+    monkeypatch.setattr(GPT, 'init_weights', lambda self: [p.data.zero_() for p in self.parameters()])
+    train(run, '--max_iters=0')
+    assert losses(tmp_path / 'out', 'bits_per_byte')[0] == pytest.approx(math.log2(257), rel=1e-6)
+
+
+@pytest.mark.parametrize('changes', [['--eval_interval=1'], ['--log_interval=1'], ['--always_save_checkpoint=False']])
+def test_looking_more_often_does_not_change_the_weights(run, sheep, tmp_path, changes):
+    flags = ['--max_iters=6', '--dropout=0.1', '--eval_interval=100', '--log_interval=100']
+    train(run, *flags, out='a')
+    train(run, *flags, *changes, out='b')
+    weights = [load_file(tmp_path / out / 'step_00000006' / 'model.safetensors') for out in 'ab']
+    assert same(*weights)
+
+
+def test_the_learning_rate_is_torchs_warmup_and_cosine(run, sheep, tmp_path):
+    flags = ['--max_iters=20', '--log_interval=1', '--warmup_iters=4', '--lr_decay_iters=16']
+    train(run, *flags, '--learning_rate=1e-2', '--min_lr=1e-3')
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-2)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 5, total_iters=4)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=12, eta_min=1e-3)
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], milestones=[4])
+    expected = []
+    for step in range(20):
+        expected.append(optimizer.param_groups[0]['lr'] if step <= 16 else 1e-3)
+        optimizer.step()
+        schedule.step()
+    assert list(losses(tmp_path / 'out', 'lr').values()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_gradients_are_clipped_to_the_norm_asked_for(run, sheep, tmp_path, monkeypatch):
+    norms = []
+
+    def record(optimizer, *args, **kwargs):
+        gradients = [p.grad.flatten() for group in optimizer.param_groups for p in group['params']]
+        norms.append(torch.cat(gradients).norm().item())
+
+    monkeypatch.setattr(torch.optim.AdamW, 'step', record)
+    train(run, '--max_iters=1', '--log_interval=1', '--grad_clip=0.25', out='a')
+    train(run, '--max_iters=1', '--log_interval=1', '--grad_clip=0.0', out='b')
+    assert norms[0] == pytest.approx(0.25, rel=1e-4) and norms[1] > 0.3
+    assert losses(tmp_path / 'a', 'grad_norm')[1] == pytest.approx(norms[1], rel=1e-5), 'the norm before clipping'
+
+
+def test_the_newest_checkpoints_and_the_best_stay(run, sheep, tmp_path, monkeypatch):
+    import checkpoint
+
+    real, fake = checkpoint.save, iter([5.0, 2.0, 4.0, 3.0, 3.5])
+
+    def save(out_dir, model, dataset, state, meta, keep_last):
+        return real(out_dir, model, dataset, state, meta | {'val_loss': next(fake)}, keep_last)
+
+    monkeypatch.setattr(checkpoint, 'save', save)
+    train(run, '--max_iters=5', '--eval_interval=1', '--keep_last=2')
+    kept = sorted(path.name for path in (tmp_path / 'out').glob('step_*'))
+    assert kept == ['step_00000002', 'step_00000004', 'step_00000005']
+    assert checkpoint.find(tmp_path / 'out', 'best').name == 'step_00000002'
+    assert checkpoint.find(tmp_path / 'out', 'last').name == 'step_00000005'
+
+
+def test_always_save_checkpoint_false_saves_only_improvements_and_the_end(run, sheep, tmp_path):
+    flags = ['--max_iters=6', '--eval_interval=2', '--keep_last=9', '--always_save_checkpoint=False']
+    train(run, *flags, '--learning_rate=0.0', '--min_lr=0.0', '--weight_decay=0.0')
+    assert [path.name for path in (tmp_path / 'out').glob('step_*')] == ['step_00000006']
+
+
+def test_the_written_config_repeats_the_run(run, sheep, tmp_path):
+    train(run, '--max_iters=3', '--seed=5', '--weight_decay=0.3')
+    again = run('train.py', 'out/config.py', '--out_dir=again')
+    assert again.code == 0, again.err
+    paths = [tmp_path / out / 'step_00000003' / 'model.safetensors' for out in ('out', 'again')]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_eval_only_gives_the_logged_loss_and_changes_nothing(run, sheep, tmp_path):
+    train(run, '--max_iters=3')
+    before = {path: path.read_bytes() for path in (tmp_path / 'out').rglob('*') if path.is_file()}
+    result = train(run, '--max_iters=3', '--init_from=resume', '--eval_only=True')
+    assert f'validation loss {losses(tmp_path / "out")[3]:.4f}' in result.out
+    assert before == {path: path.read_bytes() for path in (tmp_path / 'out').rglob('*') if path.is_file()}
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_resumes_to_the_same_weights(run, sheep, tmp_path, monkeypatch, number):
+    flags = ['--max_iters=8', '--eval_interval=6', '--dropout=0.1']
+    train(run, *flags, out='whole')
+    adamw, count = torch.optim.AdamW.step, []
+
+    def step(*args, **kwargs):
+        count.append(1)
+        if len(count) == 3:
+            signal.raise_signal(number)
+        return adamw(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, 'step', step)
+    stopped = train(run, *flags, code=128 + number)
+    assert 'step_00000003' in stopped.out and '--init_from=resume' in stopped.out
+    train(run, *flags, '--init_from=resume')
+    assert list(losses(tmp_path / 'out')) == [0, 6, 8]
+    weights = [load_file(tmp_path / out / 'step_00000008' / 'model.safetensors') for out in ('whole', 'out')]
+    assert same(*weights)
+
+
+@pytest.mark.slow  # the first compilation takes most of a minute
+def test_compiled_training_is_eager_training(run, sheep, tmp_path):
+    for name, flag in (('eager', '--compile=False'), ('compiled', '--compile=True')):
+        train(run, '--max_iters=20', '--log_interval=1', flag, out=name)
+    compiled, eager = losses(tmp_path / 'compiled', 'loss'), losses(tmp_path / 'eager', 'loss')
+    assert list(compiled.values()) == pytest.approx(list(eager.values()), abs=1e-4)
+
+
+def test_without_a_compiler_training_goes_on_and_says_so(run, sheep, monkeypatch):
+    def broken(function):
+        raise RuntimeError('no compiler')
+
+    monkeypatch.setattr(torch, 'compile', broken)
+    result = train(run, '--max_iters=1', '--compile=True')
+    assert 'No working compiler (RuntimeError)' in result.out and 'not compiled' in result.out
+
+
+@pytest.mark.parametrize(
+    ('args', 'message'),
+    [
+        (['--learning_rat=1'], 'Did you mean learning_rate?'),
+        (['--batch_size=x'], "batch_size takes int, not 'x'"),
+        (['--batch_size=0'], 'batch_size=0 must be at least 1'),
+        (['--seed=-1', '--max_iters=-1'], 'max_iters=-1 must be 0 or more, and finite; seed=-1 must'),
+        (['--learning_rate=1e999'], 'learning_rate=inf must be 0 or more, and finite'),
+        (['--n_embd=33'], 'n_embd=33 must be a multiple of n_head=2'),
+        (['--beta1=1.0'], r'beta1=1.0 must be in [0, 1)'),
+        (['--arch=rnn'], "arch='rnn' is not known"),
+        (['--dataset=goats'], 'Make it with: python prepare.py --input=YOUR_TEXT --name=goats'),
+        (['--dataset=shakespeare'], 'data/shakespeare has no train.bin. Make it with: python prepare.py\n'),
+        (['--block_size=100000'], 'fewer than one window of block_size=100000'),
+        (['--init_from=resume'], 'out has no checkpoint'),
+        (['--init_from=gtp2'], "init_from='gtp2' must be 'scratch', 'resume' or 'auto'"),
+        (['--device=tpu'], "device='tpu' cannot be used here"),
+        (['--device=cuda:99'], "device='cuda:99' cannot be used here"),
+        (['--dtype=float8'], "dtype='float8' must be"),
+        (['--dtype=float16'], "dtype='float16' needs device='cuda'"),
+        (['missing.py'], 'There is no config file missing.py'),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_written(run, sheep, tmp_path, args, message):
+    result = train(run, '--max_iters=1', *args, code=1)
+    assert message in result.err and result.err.count('\n') == 1
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_run_is_not_overwritten_and_not_resumed_as_something_else(run, sheep, tmp_path):
+    train(run, '--max_iters=2')
+    before = {path: path.read_bytes() for path in (tmp_path / 'out').rglob('*') if path.is_file()}
+    assert 'out already holds a run' in train(run, '--max_iters=2', code=1).err
+    wrong = train(run, '--max_iters=3', '--init_from=resume', '--n_layer=1', code=1)
+    assert 'has n_layer=2' in wrong.err and 'train.py out/config.py --init_from=resume' in wrong.err
+    assert before == {path: path.read_bytes() for path in (tmp_path / 'out').rglob('*') if path.is_file()}
+
+
+def test_a_dataset_that_does_not_match_its_meta_is_refused(run, sheep):
+    with open(sheep / 'train.bin', 'ab') as file:
+        file.write(b'\0\0')
+    result = train(run, code=1)
+    assert 'prepare the dataset again' in result.err

@@ -1,0 +1,329 @@
+"""Train a GPT: one flat loop, read top to bottom.
+
+    python train.py config/train_shakespeare.py                      # a config file sets the knobs
+    python train.py config/train_shakespeare.py --batch_size=8       # flags override it
+    python train.py config/train_shakespeare.py --init_from=resume   # go on from the last checkpoint
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+
+import checkpoint
+from configurator import configure, errors_in_one_sentence
+from data import IGNORE, Dataset, count_windows, training_order, windows
+from model import GPT, GPTConfig, pick_device
+
+# -----------------------------------------------------------------------------
+# run
+out_dir = 'out'  # where checkpoints and logs go
+init_from = 'scratch'  # 'scratch', 'resume' (from the last checkpoint) or 'auto' (resume if there is one)
+eval_interval = 250  # steps between evaluations, each of the whole validation split; each may save
+log_interval = 10  # steps between log lines
+eval_only = False  # evaluate once and exit
+always_save_checkpoint = True  # save after every evaluation; False: only when it is the best so far
+keep_last = 2  # checkpoints to keep, besides the best
+seed = 1337  # all randomness is a function of it and the step
+# data
+dataset = 'shakespeare'  # data/NAME, made by prepare.py
+batch_size = 12  # sequences a micro-batch
+gradient_accumulation_steps = 1  # micro-batches a step
+block_size = 1024  # context, in tokens
+# model
+arch = 'gpt2'  # the architecture, see model.py
+n_layer = 12  # blocks
+n_head = 12  # attention heads
+n_embd = 768  # width
+dropout = 0.0  # for pretraining 0 is good, for small data try 0.1 or more
+bias = True  # biases in LayerNorm and Linear layers, as GPT-2 has; False is a bit faster
+# optimizer (AdamW)
+learning_rate = 6e-4  # the highest
+max_iters = 600000  # steps, that is optimizer updates
+weight_decay = 1e-1  # of matrices and embeddings, not of norms and biases
+beta1 = 0.9  # AdamW's
+beta2 = 0.95  # AdamW's
+grad_clip = 1.0  # clip the gradient's norm to this; 0.0 does not clip
+# learning rate over time
+decay_lr = True  # False keeps it constant after the warmup
+warmup_iters = 0  # steps of linear warmup
+lr_decay_iters: int | None = None  # steps of cosine decay; None: max_iters
+min_lr: float | None = None  # the lowest; None: learning_rate / 10
+# system
+device = 'auto'  # 'cuda', 'cuda:1', 'mps', 'cpu'; 'auto' takes the first there is
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; 'auto': a 16-bit one on CUDA, else float32
+compile: bool | None = None  # with torch.compile; None: on CUDA only
+# -----------------------------------------------------------------------------
+config = configure(globals())
+lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
+min_lr = learning_rate / 10 if min_lr is None else min_lr
+
+at_least_one = 'batch_size gradient_accumulation_steps eval_interval log_interval keep_last block_size'.split()
+problems = [f'{name}={config[name]} must be at least 1' for name in at_least_one if config[name] < 1]
+not_negative = 'max_iters seed learning_rate min_lr weight_decay grad_clip warmup_iters lr_decay_iters'.split()
+problems += [f'{name}={globals()[name]} must be 0 or more, and finite' for name in not_negative if not 0 <= globals()[name] < math.inf]
+problems += [f'{name}={config[name]} must be in [0, 1)' for name in ('beta1', 'beta2') if not 0 <= config[name] < 1]
+if init_from not in ('scratch', 'resume', 'auto'):
+    problems.append(f"init_from='{init_from}' must be 'scratch', 'resume' or 'auto'")
+
+# -----------------------------------------------------------------------------
+# device and precision
+
+with errors_in_one_sentence():
+    device = pick_device(device)
+device_type = torch.device(device).type
+if dtype == 'auto':
+    dtype = 'float32' if device_type != 'cuda' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
+if dtype not in ('float32', 'bfloat16', 'float16'):
+    problems.append(f"dtype='{dtype}' must be 'float32', 'bfloat16' or 'float16'")
+if dtype == 'float16' and device_type != 'cuda':
+    problems.append("dtype='float16' needs device='cuda'; use bfloat16 or float32")
+if problems:
+    sys.exit(f'{"; ".join(problems)}.')
+torch.set_float32_matmul_precision('high')  # TF32 on CUDA
+autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
+scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
+
+# -----------------------------------------------------------------------------
+# data, model, optimizer
+
+saved = checkpoint.checkpoints(out_dir)
+if init_from == 'auto':
+    init_from = 'resume' if saved else 'scratch'
+if init_from == 'scratch' and saved and not eval_only:
+    sys.exit(f'{out_dir} already holds a run: go on with it (--init_from=resume), choose another --out_dir, or delete it.')
+
+with errors_in_one_sentence():
+    data = Dataset(dataset)
+    shape = {name: config[name] for name in ('arch', 'block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')}
+    model_config = GPTConfig(vocab_size=data.vocab_size, **shape)
+    if len(data.train) <= block_size:
+        raise ValueError(
+            f'The training split of {data.folder} has {len(data.train):,} tokens, fewer than one window of '
+            f'block_size={block_size} and its target: prepare more text or choose a smaller block_size.'
+        )
+    state = {'step': 0, 'windows': 0, 'evaluated': -1, 'best_val_loss': math.inf, 'best_step': None}
+    if init_from == 'resume':
+        path = checkpoint.find(out_dir, 'last')
+        model = GPT.from_pretrained(path, dropout=dropout)
+        other = [f'{k}={v!r}' for k, v in vars(model.config).items() if v != getattr(model_config, k)]
+        if other:
+            raise ValueError(
+                f'The checkpoint {path} has {", ".join(other)}, this command asks for another model: '
+                f'resume with python train.py {out_dir}/config.py --init_from=resume'
+            )
+        train_state = checkpoint.load_state(path, device)
+        state = train_state['state']
+    else:
+        torch.manual_seed(seed)
+        model = GPT(model_config)
+model.to(device)
+
+optimizer = torch.optim.AdamW(
+    model.parameter_groups(weight_decay), lr=learning_rate, betas=(beta1, beta2), fused=True
+)
+if init_from == 'resume':
+    optimizer.load_state_dict(train_state['optimizer'])
+    scaler.load_state_dict(train_state['scaler'])
+    for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0), strict=True):
+        group.update(weight_decay=decay, betas=(beta1, beta2))  # as asked for now, not as saved
+    del train_state
+
+compile = device_type == 'cuda' if compile is None else compile
+if compile:
+    try:  # a small function first: whether there is a working compiler shows only when it is used
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+        model.compile()
+    except Exception as error:  # whatever the compiler's tool chain raises
+        print(f'No working compiler ({type(error).__name__}): running without torch.compile, which is slower.')
+        compile = False
+
+# -----------------------------------------------------------------------------
+# what happens in the loop
+
+
+def learning_rate_at(step):
+    """Linear warmup, then half a cosine down to min_lr at lr_decay_iters."""
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / (warmup_iters + 1)
+    if not decay_lr:
+        return learning_rate
+    progress = min(1.0, (step - warmup_iters) / max(1, lr_decay_iters - warmup_iters))
+    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
+
+
+def to_device(*tensors):
+    if device_type == 'cuda':  # from pinned memory, without waiting for the copy
+        return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
+    return [tensor.to(device) for tensor in tensors]
+
+
+@torch.no_grad()
+def evaluate():
+    """The mean loss, in nats, over every token of the validation split."""
+    model.eval()
+    sums, counts = [], []
+    for start in range(0, count_windows(data.val, block_size), batch_size):
+        x, y = windows(data.val, block_size, range(start, start + batch_size))
+        counts.append(int((y != IGNORE).sum()))
+        with autocast:
+            sums.append(model(*to_device(x, y)) * counts[-1])
+    model.train()
+    return torch.stack(sums).cpu().double().sum().item() / sum(counts)
+
+
+def save():
+    path = checkpoint.save(
+        out_dir,
+        model,
+        data,
+        {'state': state, 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict()},
+        {'format': 1, 'step': step, 'val_loss': val_loss, 'config': config, 'torch': torch.__version__},
+        keep_last,
+    )
+    return f'saved {path}'
+
+
+def log(**record):
+    with open(log_path, 'a', encoding='utf-8') as file:
+        file.write(json.dumps(record) + '\n')
+
+
+def duration(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours}h{minutes:02}m' if hours else f'{minutes}m{seconds:02}s'
+
+
+def synchronize():
+    if device_type in ('cuda', 'mps'):
+        getattr(torch, device_type).synchronize()
+
+
+# -----------------------------------------------------------------------------
+# the run, in four lines
+
+n_windows = count_windows(data.train, block_size)
+windows_per_step = batch_size * gradient_accumulation_steps
+tokens_per_step = windows_per_step * block_size
+tokens = len(data.train) - 1
+n_threads = f' ({torch.get_num_threads()} threads)' if device_type == 'cpu' else ''
+print(
+    f'model   {arch}, {n_layer} layers, {n_head} heads, {n_embd} wide: {model.count_parameters():,} parameters\n'
+    f'data    {data.folder}, {data.meta["tokenizer"]} vocabulary of {data.vocab_size:,}: '
+    f'{len(data.train):,} tokens, {len(data.val):,} for validation\n'
+    f'device  {device}{n_threads}, {dtype}, {"compiled" if compile else "not compiled"}\n'
+    f'steps   {max_iters:,} of {batch_size} x {gradient_accumulation_steps} x {block_size} = {tokens_per_step:,} tokens: '
+    f'{max_iters * tokens_per_step:,} tokens, {max_iters * windows_per_step / n_windows:.2f} epochs'
+)
+if init_from == 'resume':
+    print(f'resume  {path}, step {state["step"]:,}')
+
+log_path = os.path.join(out_dir, 'log.jsonl')
+if not eval_only:
+    with errors_in_one_sentence():
+        os.makedirs(out_dir, exist_ok=True)
+        # The log goes on from the checkpoint: what was written after it is about to happen again.
+        lines = open(log_path, encoding='utf-8').readlines() if init_from == 'resume' else []
+        with open(log_path, 'w', encoding='utf-8') as file:
+            file.writelines(line for line in lines if json.loads(line)['step'] <= state['step'])
+        with open(os.path.join(out_dir, 'config.py'), 'w', encoding='utf-8') as file:
+            file.write(f'# Repeat this run with: python train.py {out_dir}/config.py --out_dir=ANOTHER\n')
+            file.writelines(f'{k} = {v!r}\n' for k, v in config.items() if k != 'init_from')
+
+stop = 0  # the signal that asked for an end
+
+
+def request_stop(signum, frame):
+    """Let the step in progress finish, then save and exit. A second signal ends the process at once."""
+    global stop
+    stop = signum
+    signal.signal(signum, signal.SIG_DFL)
+    print(f'\n{signal.Signals(signum).name}: saving after this step ...', flush=True)
+
+
+signal.signal(signal.SIGINT, request_stop)
+signal.signal(signal.SIGTERM, request_stop)
+
+# -----------------------------------------------------------------------------
+# the loop
+
+model.train()
+step = first_step = logged_step = state['step']
+train_seconds = logged_seconds = 0.0  # of training steps alone: the clock stands while evaluating and saving
+mark = time.perf_counter()
+while True:
+    # Once more after the last update, so that it is evaluated and saved.
+    last = step >= max_iters
+    due = (step % eval_interval == 0 or last) and state['evaluated'] != step
+    if due or stop or eval_only:
+        synchronize()
+        train_seconds += time.perf_counter() - mark
+        val_loss = None
+        if due or eval_only:
+            val_loss = evaluate()
+            improved = val_loss < state['best_val_loss']
+            if improved:
+                state |= {'best_val_loss': val_loss, 'best_step': step}
+            state['evaluated'] = step
+            bits = val_loss / math.log(2) / data.bytes_per_token('val')
+            print(f'step {step:>6,}  validation loss {val_loss:.4f}, {bits:.3f} bits per byte', end='')
+        if eval_only:
+            print()
+            break
+        if due:
+            log(step=step, val_loss=val_loss, bits_per_byte=bits, train_seconds=round(train_seconds, 3))
+        if stop or last or (step > first_step and (improved or always_save_checkpoint)):
+            print(f', {save()}' if due else f'step {step:>6,}  {save()}', end='')
+        print(flush=True)
+        mark = time.perf_counter()
+    if last or stop:
+        break
+
+    lr = learning_rate_at(step)
+    for group in optimizer.param_groups:
+        group['lr'] = lr
+    order = training_order(np.arange(state['windows'], state['windows'] + windows_per_step), n_windows, seed)
+    padding = n_windows * block_size - tokens  # in the last window of an epoch
+    targets = tokens_per_step - padding * int((order == n_windows - 1).sum())
+    loss = torch.zeros((), device=device)
+    for micro_step, indices in enumerate(order.reshape(gradient_accumulation_steps, batch_size)):
+        x, y = windows(data.train, block_size, indices)
+        weight = int((y != IGNORE).sum()) / targets  # so that every token of the step counts alike
+        torch.manual_seed(int(np.random.SeedSequence((seed, step, micro_step)).generate_state(1)[0]))
+        with autocast:
+            micro_loss = model(*to_device(x, y)) * weight
+        scaler.scale(micro_loss).backward()
+        loss += micro_loss.detach()
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    step += 1
+    state |= {'step': step, 'windows': state['windows'] + windows_per_step}
+
+    # Everything below only tells.
+    if step % log_interval == 0 or step == max_iters:
+        loss = loss.item()  # waits for the device
+        seconds = train_seconds + time.perf_counter() - mark
+        rate = (step - logged_step) * tokens_per_step / (seconds - logged_seconds)
+        left = (max_iters - step) * seconds / (step - first_step)
+        log(step=step, loss=loss, lr=lr, grad_norm=grad_norm.item(), tokens_per_second=round(rate))
+        print(f'step {step:>6,}  loss {loss:.4f}  lr {lr:.2e}  {rate:>8,.0f} tokens/s  {duration(left)} left', flush=True)
+        logged_step, logged_seconds = step, seconds
+
+if stop:
+    print(f'Go on with: python train.py {out_dir}/config.py --init_from=resume')
+    sys.exit(128 + stop)
+if not eval_only:
+    print(
+        f'{duration(train_seconds)} of training steps. Best validation loss {state["best_val_loss"]:.4f}, at step '
+        f'{state["best_step"]:,}.\nSample from it with: python sample.py --out_dir={out_dir}'
+    )
