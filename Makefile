@@ -16,7 +16,6 @@ test: .venv/installed-dev
 
 lint: .venv/installed-dev
 	$(PY) -m ruff check
-	$(PY) -m ruff format --check
 
 data/shakespeare/train.bin: | .venv/installed
 	$(PY) prepare.py

@@ -48,7 +48,7 @@ def configure(script, args=None):
             given = _run_config_file(arg, knobs)
         elif arg.startswith('--'):
             name, equals, text = arg[2:].partition('=')
-            bare = accepted.get(name) == (bool,) and not equals  # --compile is --compile=True
+            bare = bool in accepted.get(name, ()) and not equals  # --compile is --compile=True
             if not equals and not bare and name in knobs:
                 sys.exit(f'--{name} needs a value: --{name}={knobs[name]}')
             given = {name: True if bare else text}

@@ -26,7 +26,7 @@ dataset = 'shakespeare'  # a corpus by name; so far 'shakespeare', which is bund
 input: str | None = None  # or your own text: files and folders, separated by commas
 name: str | None = None  # write to data/NAME; None: named after the corpus or the first file
 tokenizer = 'bpe'  # 'bpe', 'char', 'byte' or 'gpt2'
-vocab_size = 2048  # of a bpe vocabulary
+vocab_size = 4096  # of a bpe vocabulary
 val_fraction = 0.1  # the last part of the text is for validation
 # -----------------------------------------------------------------------------
 

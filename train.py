@@ -66,8 +66,9 @@ min_lr = learning_rate / 10 if min_lr is None else min_lr
 
 at_least_one = 'batch_size gradient_accumulation_steps eval_interval log_interval keep_last block_size'.split()
 problems = [f'{name}={config[name]} must be at least 1' for name in at_least_one if config[name] < 1]
-not_negative = 'max_iters seed learning_rate min_lr weight_decay grad_clip warmup_iters lr_decay_iters'.split()
-problems += [f'{name}={globals()[name]} must be 0 or more, and finite' for name in not_negative if not 0 <= globals()[name] < math.inf]
+numbers = {'min_lr': min_lr, 'lr_decay_iters': lr_decay_iters}
+numbers |= {name: config[name] for name in 'max_iters seed learning_rate weight_decay grad_clip warmup_iters'.split()}
+problems += [f'{k}={v} must be 0 or more, and finite' for k, v in numbers.items() if not 0 <= v < math.inf]
 problems += [f'{name}={config[name]} must be in [0, 1)' for name in ('beta1', 'beta2') if not 0 <= config[name] < 1]
 if init_from not in ('scratch', 'resume', 'auto'):
     problems.append(f"init_from='{init_from}' must be 'scratch', 'resume' or 'auto'")
@@ -97,7 +98,7 @@ saved = checkpoint.checkpoints(out_dir)
 if init_from == 'auto':
     init_from = 'resume' if saved else 'scratch'
 if init_from == 'scratch' and saved and not eval_only:
-    sys.exit(f'{out_dir} already holds a run: go on with it (--init_from=resume), choose another --out_dir, or delete it.')
+    sys.exit(f'{out_dir} holds a run: go on with it (--init_from=resume), choose another --out_dir, or delete it.')
 
 with errors_in_one_sentence():
     data = Dataset(dataset)
@@ -108,7 +109,7 @@ with errors_in_one_sentence():
             f'The training split of {data.folder} has {len(data.train):,} tokens, fewer than one window of '
             f'block_size={block_size} and its target: prepare more text or choose a smaller block_size.'
         )
-    state = {'step': 0, 'windows': 0, 'evaluated': -1, 'best_val_loss': math.inf, 'best_step': None}
+    state = {'step': 0, 'windows': 0, 'train_seconds': 0.0, 'evaluated': -1, 'best_val_loss': math.inf, 'best_step': 0}
     if init_from == 'resume':
         path = checkpoint.find(out_dir, 'last')
         model = GPT.from_pretrained(path, dropout=dropout)
@@ -219,8 +220,8 @@ print(
     f'data    {data.folder}, {data.meta["tokenizer"]} vocabulary of {data.vocab_size:,}: '
     f'{len(data.train):,} tokens, {len(data.val):,} for validation\n'
     f'device  {device}{n_threads}, {dtype}, {"compiled" if compile else "not compiled"}\n'
-    f'steps   {max_iters:,} of {batch_size} x {gradient_accumulation_steps} x {block_size} = {tokens_per_step:,} tokens: '
-    f'{max_iters * tokens_per_step:,} tokens, {max_iters * windows_per_step / n_windows:.2f} epochs'
+    f'steps   {max_iters:,} of {batch_size} x {gradient_accumulation_steps} x {block_size} = {tokens_per_step:,} '
+    f'tokens: {max_iters * tokens_per_step:,} tokens, {max_iters * windows_per_step / n_windows:.2f} epochs'
 )
 if init_from == 'resume':
     print(f'resume  {path}, step {state["step"]:,}')
@@ -230,9 +231,13 @@ if not eval_only:
     with errors_in_one_sentence():
         os.makedirs(out_dir, exist_ok=True)
         # The log goes on from the checkpoint: what was written after it is about to happen again.
-        lines = open(log_path, encoding='utf-8').readlines() if init_from == 'resume' else []
-        with open(log_path, 'w', encoding='utf-8') as file:
-            file.writelines(line for line in lines if json.loads(line)['step'] <= state['step'])
+        lines = []
+        if init_from == 'resume' and os.path.exists(log_path):
+            with open(log_path, encoding='utf-8') as file:  # only a line cut short has no end
+                lines = [line for line in file if line[-1] == '\n' and json.loads(line)['step'] <= state['step']]
+        with open(log_path + '.tmp', 'w', encoding='utf-8') as file:
+            file.writelines(lines)
+        os.replace(log_path + '.tmp', log_path)
         with open(os.path.join(out_dir, 'config.py'), 'w', encoding='utf-8') as file:
             file.write(f'# Repeat this run with: python train.py {out_dir}/config.py --out_dir=ANOTHER\n')
             file.writelines(f'{k} = {v!r}\n' for k, v in config.items() if k != 'init_from')
@@ -256,7 +261,7 @@ signal.signal(signal.SIGTERM, request_stop)
 
 model.train()
 step = first_step = logged_step = state['step']
-train_seconds = logged_seconds = 0.0  # of training steps alone: the clock stands while evaluating and saving
+train_seconds = first_seconds = logged_seconds = state['train_seconds']  # without evaluating and saving
 mark = time.perf_counter()
 while True:
     # Once more after the last update, so that it is evaluated and saved.
@@ -265,6 +270,7 @@ while True:
     if due or stop or eval_only:
         synchronize()
         train_seconds += time.perf_counter() - mark
+        state['train_seconds'] = train_seconds
         val_loss = None
         if due or eval_only:
             val_loss = evaluate()
@@ -314,9 +320,10 @@ while True:
         loss = loss.item()  # waits for the device
         seconds = train_seconds + time.perf_counter() - mark
         rate = (step - logged_step) * tokens_per_step / (seconds - logged_seconds)
-        left = (max_iters - step) * seconds / (step - first_step)
+        left = (max_iters - step) * (seconds - first_seconds) / (step - first_step)
         log(step=step, loss=loss, lr=lr, grad_norm=grad_norm.item(), tokens_per_second=round(rate))
-        print(f'step {step:>6,}  loss {loss:.4f}  lr {lr:.2e}  {rate:>8,.0f} tokens/s  {duration(left)} left', flush=True)
+        speed = f'{rate:>8,.0f} tokens/s  {duration(left)} left'
+        print(f'step {step:>6,}  loss {loss:.4f}  lr {lr:.2e}  {speed}', flush=True)
         logged_step, logged_seconds = step, seconds
 
 if stop:

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -36,7 +37,7 @@ def test_each_epoch_and_each_seed_has_its_own_order():
     assert len(set(orders)) == 6
     for a in orders:
         assert abs(np.corrcoef(a, np.arange(n))[0, 1]) < 0.15, 'an order that follows the text'
-    for a, b in zip(orders, orders[1:], strict=False):
+    for a, b in itertools.pairwise(orders):
         assert sum(i == j for i, j in zip(a, b, strict=True)) < 12  # 1 expected
 
 
