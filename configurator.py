@@ -78,6 +78,19 @@ def errors_in_one_sentence():
         sys.exit(str(error))
 
 
+def pick_device(name):
+    """The device for a knob: 'auto' is CUDA, MPS or the CPU, the first there is. Raises ValueError for no device."""
+    import torch
+
+    if name == 'auto':
+        return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device='{name}' cannot be used here: {str(error).splitlines()[0]}") from None
+    return name
+
+
 def _types(annotation):
     return annotation.__args__ if isinstance(annotation, types.UnionType) else (annotation,)
 

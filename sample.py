@@ -11,8 +11,8 @@ import torch
 
 import checkpoint
 import tokenizer as tokenizers
-from configurator import configure, errors_in_one_sentence
-from model import GPT, pick_device
+from configurator import configure, errors_in_one_sentence, pick_device
+from model import GPT
 
 # -----------------------------------------------------------------------------
 out_dir = 'out'  # the run to take a checkpoint from

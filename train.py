@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 import checkpoint
-from configurator import configure, errors_in_one_sentence
+from configurator import configure, errors_in_one_sentence, pick_device
 from data import IGNORE, Dataset, count_windows, training_order, windows
-from model import GPT, GPTConfig, pick_device
+from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
 # run
