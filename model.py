@@ -8,8 +8,7 @@ there and the other way round:
     qwen3     rotary       RMSNorm      grouped queries, QK-norm        SwiGLU    no
     llama     rotary       RMSNorm      grouped queries                 SwiGLU    no
 
-Shapes in comments: B sequences, T positions, S cached positions, C = n_embd, H heads of D = head_dim, V = vocabulary
-with its padding.
+Shapes in comments: B sequences, T positions, S cached positions, C = n_embd, D = head_dim, V = padded vocabulary.
 """
 
 import json
@@ -24,7 +23,12 @@ from torch import nn
 
 IGNORE = -1  # a target that does not count
 ARCHITECTURES = {'gpt2': 'GPT2LMHeadModel', 'qwen3': 'Qwen3ForCausalLM', 'llama': 'LlamaForCausalLM'}
-PUBLISHED = {name: f'openai-community/{name}' for name in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')}
+PUBLISHED = {  # by name, for from_pretrained('gpt2') or, untrained, GPT(GPTConfig(**PUBLISHED['gpt2']))
+    'gpt2': {'n_layer': 12, 'n_head': 12, 'n_embd': 768},  # 124,439,808 parameters
+    'gpt2-medium': {'n_layer': 24, 'n_head': 16, 'n_embd': 1024},  # 354,823,168
+    'gpt2-large': {'n_layer': 36, 'n_head': 20, 'n_embd': 1280},  # 774,030,080
+    'gpt2-xl': {'n_layer': 48, 'n_head': 25, 'n_embd': 1600},  # 1,557,611,200
+}
 
 
 @dataclass
@@ -359,15 +363,14 @@ class GPT(nn.Module):
             with open(os.path.join(folder, 'config.json'), encoding='utf-8') as file:
                 config = json.load(file)
             fields = read_config(config)
+            shape = GPTConfig(**fields | changes)
         except FileNotFoundError:
             raise FileNotFoundError(f'{folder} is no model: it has no config.json.') from None
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f'{folder}/config.json is not of a model known here: {error!r}') from None
-        if changes.get('block_size', 0) > fields['block_size']:
-            raise ValueError(
-                f'block_size={changes["block_size"]} is more than the {fields["block_size"]} of the model in {folder}.'
-            )
-        model = cls(GPTConfig(**fields | changes))
+        if shape.block_size > fields['block_size']:
+            raise ValueError(f'block_size={shape.block_size} is more than the {fields["block_size"]} of {folder}.')
+        model = cls(shape)
         model.load_weights(read_weights(folder), folder)
         return model
 
@@ -431,8 +434,7 @@ def read_config(config):
         raise ValueError(f"A model of type '{arch}' cannot be opened here, only {', '.join(ARCHITECTURES)}.")
     fields = {'arch': arch, 'tied': config.get('tie_word_embeddings', arch == 'gpt2')}
     for ours, theirs in (GPT2_CONFIG if arch == 'gpt2' else LLAMA_CONFIG).items():
-        optional = ours in ('n_hidden', 'n_kv_head', 'head_dim')
-        fields[ours] = config.get(theirs) if optional else config[theirs]
+        fields[ours] = config.get(theirs) if ours in ('n_hidden', 'n_kv_head', 'head_dim') else config[theirs]
     fields |= {'dropout': config.get('dropout', 0.0), 'bias': arch == 'gpt2' and config.get('bias', True)}
     rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
     fields['rope_theta'] = float(rope.get('rope_theta') or config.get('rope_theta') or 10000.0)
@@ -478,11 +480,11 @@ def find_pretrained(source):
 
     try:
         files = ['config.json', 'model.safetensors', 'tokenizer.json']
-        return snapshot_download(PUBLISHED[source], allow_patterns=files)
+        return snapshot_download(f'openai-community/{source}', allow_patterns=files)
     except Exception as error:  # whatever the network makes it raise
         raise ConnectionError(
-            f'{PUBLISHED[source]} could not be downloaded from the Hugging Face Hub ({type(error).__name__}): '
-            f'connect to the internet, or name a folder that holds its {", ".join(files)} instead of {source}.'
+            f'{source} could not be downloaded from the Hugging Face Hub ({type(error).__name__}): connect to the '
+            f'internet, or name a folder that holds its {", ".join(files)} instead.'
         ) from None
 
 
@@ -513,8 +515,7 @@ def choose(
     if min_p is not None:
         highest = probabilities.amax(-1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < min_p * highest, 0)
-    # A draw with these probabilities, with no normalization and no wait for the device: the first of exponential
-    # clocks with these rates to ring.
+    # Each of exponential clocks with these rates rings first with its probability: no wait for the device.
     rings = torch.empty_like(probabilities).exponential_(generator=generator)
     drawn = (probabilities / rings).argmax(-1, keepdim=True)
     return drawn if ids is None else ids.gather(-1, drawn)

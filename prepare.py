@@ -25,7 +25,7 @@ from configurator import configure, errors_in_one_sentence
 dataset = 'shakespeare'  # a corpus by name; so far 'shakespeare', which is bundled
 input: str | None = None  # or your own text: files and folders, separated by commas
 name: str | None = None  # write to data/NAME; None: named after the corpus or the first file
-tokenizer = 'bpe'  # 'bpe', 'char', 'byte' or 'gpt2'
+tokenizer = 'bpe'  # 'bpe', 'char', 'byte', 'gpt2', or a folder (dataset, checkpoint, model) to take it from
 vocab_size = 4096  # of a bpe vocabulary
 val_fraction = 0.1  # the last part of the text is for validation
 # -----------------------------------------------------------------------------

@@ -1,61 +1,183 @@
-"""Let a trained model write.
+"""Let a trained or published model write.
 
     python sample.py --out_dir=out-shakespeare
-    python sample.py --out_dir=out-shakespeare --start="ROMEO." --temperature=0.8 --num_samples=3
-    python sample.py --out_dir=out-shakespeare --start=FILE:prompt.txt
+    python sample.py --out_dir=out-shakespeare --start="ROMEO." --temperature=0.7 --top_p=0.9
+    python sample.py --out_dir=out-shakespeare --start=FILE:prompt.txt --format=jsonl
+    python sample.py --init_from=gpt2 --start="The meaning of life is" --interactive
 """
 
+import codecs
+import contextlib
+import json
+import math
+import os
 import sys
+import textwrap
 
 import torch
 
 import checkpoint
 import tokenizer as tokenizers
 from configurator import configure, errors_in_one_sentence, pick_device
-from model import GPT
+from model import GPT, find_pretrained
 
 # -----------------------------------------------------------------------------
+# the model
+init_from = 'resume'  # 'resume' (a checkpoint in out_dir), 'gpt2' to 'gpt2-xl', or a folder that holds a model
 out_dir = 'out'  # the run to take a checkpoint from
 which = 'best'  # which of its checkpoints: 'best' (lowest validation loss) or 'last'
+# the text
 start = '\n'  # the prompt; FILE:prompt.txt reads it from a file
-num_samples = 3  # samples to draw
+interactive = False  # ask for one prompt after the other
+num_samples = 3  # samples of each prompt, drawn at once
 max_new_tokens = 300  # tokens in each, fewer where the model ends the text
+stop: str | None = None  # end a sample before this text, too; separate several by |
+# how a token is drawn
 temperature = 0.8  # below 1 sharpens the distribution, above 1 flattens it, 0 takes the most likely token
-top_k: int | None = 200  # draw from the k most likely tokens only; None: from all
+top_k: int | None = 200  # from the k most likely tokens only; None: from all
+top_p: float | None = None  # from the fewest that have this probability together, such as 0.9
+min_p: float | None = None  # from those at least this fraction as likely as the most likely one, such as 0.05
+repetition_penalty = 1.0  # above 1 makes tokens that were there before less likely
+compare = False  # show the prompt under greedy, three temperatures, three top_k and one top_p instead
 seed = 1337  # the same seed gives the same samples
+# output and system
+format = 'text'  # 'text', written as it is made, or 'jsonl', one object a sample
 device = 'auto'  # 'cuda', 'mps', 'cpu'; 'auto' takes the first there is
+dtype = 'auto'  # 'float32' or 'bfloat16'; 'auto': bfloat16 on CUDA, else float32
+compile = False  # compile the step of one token: slow to start, then faster
 # -----------------------------------------------------------------------------
+
+
+class Sample:
+    """A text that grows by tokens; only whole characters of it, and never a part of a stop text, are handed out."""
+
+    def __init__(self, tokenizer, stops):
+        self.tokenizer, self.stops = tokenizer, stops
+        self.end_of_text = tokenizers.end_of_text_id(tokenizer)
+        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
+        self.text, self.shown, self.tokens, self.finish = '', 0, 0, None
+
+    def add(self, token):
+        """Take in the next token's id. Returns the text that can be shown now."""
+        if self.finish:
+            return ''
+        if token == self.end_of_text:
+            return self.end('end_of_text')
+        self.tokens += 1
+        with contextlib.suppress(KeyError):  # an id that the model has and the tokenizer has not
+            self.text += self.decoder.decode(self.tokenizer.decode_single_token_bytes(token))
+        ends = [self.text.find(stop) for stop in self.stops if stop in self.text]
+        if ends:
+            self.text = self.text[: min(ends)]
+            return self.end('stop')
+        begun = [n for stop in self.stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])]
+        return self.show(len(self.text) - max(begun, default=0))
+
+    def end(self, why):
+        self.finish = self.finish or why
+        self.text += self.decoder.decode(b'', final=True) if why != 'stop' else ''
+        return self.show(len(self.text))
+
+    def show(self, up_to):
+        new = self.text[self.shown : up_to]
+        self.shown = max(self.shown, up_to)
+        return new
+
+
+def write(model, tokenizer, prompt, n, stream=None, **sampling):
+    """n samples that continue a prompt; the first is handed to stream(text) as it is made. Returns Samples."""
+    ids = tokenizers.encode(tokenizer, prompt).tolist()
+    if not ids and tokenizers.end_of_text_id(tokenizer) is None:
+        raise ValueError("The prompt is empty: give the model something to continue with --start='...'.")
+    ids = ids or [tokenizers.end_of_text_id(tokenizer)]
+    if len(ids) > model.config.block_size:
+        sees = f'the model sees the last {model.config.block_size:,} of them'
+        print(f'The prompt has {len(ids):,} tokens: {sees}.', file=sys.stderr)
+    place = model.wte.weight.device
+    generator = torch.Generator(place).manual_seed(seed)
+    samples = [Sample(tokenizer, stop.split('|') if stop else []) for _ in range(n)]
+    stream = stream or (lambda text: None)
+    prompts = torch.tensor([ids] * n, device=place)
+    for tokens in model.generate(prompts, max_new_tokens, generator, compile, **sampling):
+        new = [sample.add(token) for sample, token in zip(samples, tokens[:, 0].tolist(), strict=True)]
+        stream(new[0])
+        if all(sample.finish for sample in samples):
+            break
+    rest = [sample.end('length') for sample in samples]
+    stream(rest[0])
+    return samples
+
+
+def columns(cells, width=38):
+    """Texts two by two, side by side in 80 columns; a cell is (heading, text)."""
+    for left, right in zip(cells[::2], cells[1::2], strict=True):
+        lines = [[cell[0], '-' * width] for cell in (left, right)]
+        for side, (_, text) in zip(lines, (left, right), strict=True):
+            side += [piece for line in text.splitlines() for piece in textwrap.wrap(line, width) or ['']]
+        for i in range(max(map(len, lines))):
+            a, b = (side[i] if i < len(side) else '' for side in lines)
+            yield f'{a:<{width}}    {b}'.rstrip()
+        yield ''
+
+
+def answer(model, tokenizer, prompt):
+    """Print what the knobs ask for of one prompt."""
+    sampling = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'min_p': min_p}
+    sampling['repetition_penalty'] = repetition_penalty
+    if compare:
+        ways = [{'temperature': 0}, *({'temperature': t} for t in (0.5, 1.0, 1.5))]
+        ways += [*({'top_k': k} for k in (10, 50, 100)), {'top_p': 0.9}]
+        names = [', '.join(f'{k}={v}' for k, v in way.items()) for way in ways]
+        texts = [prompt + write(model, tokenizer, prompt, 1, **way)[0].text for way in ways]
+        print('\n'.join(columns(list(zip(names, texts, strict=True)))))
+    elif format == 'jsonl':
+        for sample in write(model, tokenizer, prompt, num_samples, **sampling):
+            record = {'prompt': prompt, 'text': sample.text, 'tokens': sample.tokens, 'finish': sample.finish}
+            print(json.dumps(record, ensure_ascii=False), flush=True)
+    else:
+        print(prompt, end='', flush=True)
+        samples = write(model, tokenizer, prompt, num_samples, lambda text: print(text, end='', flush=True), **sampling)
+        print(f'\n{"-" * 80}')
+        for sample in samples[1:]:
+            print(f'{prompt}{sample.text}\n{"-" * 80}')
 
 
 def main():
     configure(globals())
-    if which not in ('best', 'last'):
-        raise ValueError(f"which='{which}' must be 'best' or 'last'.")
-    if temperature < 0 or (top_k is not None and top_k < 1) or num_samples < 1 or max_new_tokens < 1:
-        raise ValueError('temperature must be 0 or more; top_k, num_samples and max_new_tokens 1 or more.')
+    limits = {'temperature': (0, math.inf), 'top_k': (1, math.inf), 'top_p': (1e-9, 1), 'min_p': (0, 1)}
+    limits |= {'repetition_penalty': (1e-9, math.inf), 'num_samples': (1, math.inf), 'max_new_tokens': (1, math.inf)}
+    for name, (low, high) in limits.items():
+        value = globals()[name]
+        if value is not None and not (low <= value <= high and value < math.inf):
+            above = 'more than 0' if low == 1e-9 else f'{low} or more'
+            raise ValueError(f'{name}={value} must be {above}{f", at most {high}" if high < math.inf else ""}.')
+    for name, known in {'which': ('best', 'last'), 'format': ('text', 'jsonl')}.items():
+        if globals()[name] not in known:
+            raise ValueError(f"{name}='{globals()[name]}' must be '{known[0]}' or '{known[1]}'.")
+    if dtype not in ('auto', 'float32', 'bfloat16'):
+        raise ValueError(f"dtype='{dtype}' must be 'auto', 'float32' or 'bfloat16'.")
     prompt = start
     if start.startswith('FILE:'):
         with open(start.removeprefix('FILE:'), encoding='utf-8') as file:
             prompt = file.read()
-    path = checkpoint.find(out_dir, which)
-    tokenizer = tokenizers.load(path)
-    end_of_text = tokenizers.end_of_text_id(tokenizer)
-    ids = [int(i) for i in tokenizers.encode(tokenizer, prompt)]
-    if not ids and end_of_text is None:
-        raise ValueError("The prompt is empty: give the model something to continue with --start='...'.")
     place = pick_device(device)
-    model = GPT.from_pretrained(path).to(place).eval()
-
-    generator = torch.Generator(place).manual_seed(seed)
-    idx = torch.tensor([ids or [end_of_text]], device=place)
-    for _ in range(num_samples):
-        tokens = list(ids)
-        for token in model.generate(idx, max_new_tokens, temperature, top_k, generator):
-            if token.item() == end_of_text:
-                break
-            tokens.append(token.item())
-        print(tokenizer.decode(tokens))
-        print('-' * 80, flush=True)
+    folder = checkpoint.find(out_dir, which) if init_from == 'resume' else find_pretrained(init_from)
+    model = GPT.from_pretrained(folder).to(place).eval()
+    if dtype == 'bfloat16' or (dtype == 'auto' and torch.device(place).type == 'cuda'):
+        model.bfloat16()
+    # GPT-2's folders may come without this file; its vocabulary is known
+    known = model.config.vocab_size == 50257 and not os.path.exists(os.path.join(folder, 'tokenizer.json'))
+    tokenizer = tokenizers.build('gpt2') if known else tokenizers.load(folder)
+    if not interactive:
+        answer(model, tokenizer, prompt)
+    while interactive:
+        try:
+            answer(model, tokenizer, input('> '))
+        except ValueError as error:  # of this prompt; the next may be better
+            print(error)
+        except EOFError:
+            print()
+            break
 
 
 if __name__ == '__main__':

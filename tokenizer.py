@@ -28,6 +28,8 @@ WORDS = '|'.join((
     r'\s+',
 ))
 
+GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
 # Bytes as printable characters, as in GPT-2's published vocabulary: printable Latin-1 stands for itself, the
 # other bytes are counted up from U+0100.
 _printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -37,7 +39,7 @@ CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 
 
 def build(kind, texts=(), vocab_size=None, end_of_text=True):
-    """A new tokenizer of the given kind.
+    """A new tokenizer of the given kind, or the one saved in a folder of that name.
 
     texts: the documents (strings) that a `bpe` or `char` vocabulary is made from; the other kinds need none.
     vocab_size: of a `bpe` vocabulary, end-of-text included; it gets smaller if the texts have no more pairs.
@@ -45,6 +47,8 @@ def build(kind, texts=(), vocab_size=None, end_of_text=True):
     Raises ValueError for an unknown kind or a vocabulary too small, ConnectionError when GPT-2's vocabulary is
     not cached and cannot be downloaded.
     """
+    if kind not in KINDS and os.path.isdir(kind):
+        return load(kind)
     if kind == 'gpt2':
         try:
             return tiktoken.get_encoding('gpt2')
@@ -55,10 +59,11 @@ def build(kind, texts=(), vocab_size=None, end_of_text=True):
                 'that has it, or use --tokenizer=bpe.'
             ) from None
     if kind == 'byte':
-        return _encoding(ONE_CHARACTER, [bytes([byte]) for byte in range(256)])
+        return _encoding(ONE_CHARACTER, {bytes([byte]): byte for byte in range(256)})
     if kind == 'char':
         alphabet = sorted(set().union(*texts))
-        return _encoding(ONE_CHARACTER, [char.encode() for char in alphabet], end_of_text)
+        ranks = {char.encode(): i for i, char in enumerate(alphabet)}
+        return _encoding(ONE_CHARACTER, ranks, None if end_of_text else {})
     if kind == 'bpe':
         if vocab_size < 257:
             raise ValueError(f'vocab_size={vocab_size} is too small for bpe: 256 bytes and end-of-text make 257.')
@@ -66,18 +71,17 @@ def build(kind, texts=(), vocab_size=None, end_of_text=True):
         trainer.train_from_iterator(iter(texts), vocab_size - 1, pattern=WORDS)
         # The same bytes merged from two different pairs would be two ids: keep the first.
         tokens = dict.fromkeys(bytes(token) for token, _ in trainer.get_mergeable_ranks())
-        return _encoding(WORDS, list(tokens))
-    raise ValueError(f"tokenizer='{kind}' is not known. Choose one of: {', '.join(KINDS)}.")
+        return _encoding(WORDS, {token: i for i, token in enumerate(tokens)})
+    raise ValueError(f"tokenizer='{kind}' is not known. Choose one of: {', '.join(KINDS)}, or a folder that has one.")
 
 
-def _encoding(pattern, tokens, end_of_text=True):
-    """tokens: the bytes of each, in the order of their ids."""
-    ranks = {token: rank for rank, token in enumerate(tokens)}
+def _encoding(pattern, ranks, special=None):
+    """ranks: {bytes of a token: its id}. special: likewise for texts; None puts end-of-text after the others."""
     if pattern == ONE_CHARACTER:
         name = 'byte' if all(bytes([byte]) in ranks for byte in range(256)) else 'char'
     else:
         name = 'bpe' if pattern == WORDS else 'gpt2'
-    special = {END_OF_TEXT: len(ranks)} if end_of_text else {}
+    special = {END_OF_TEXT: len(ranks)} if special is None else special
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
@@ -148,7 +152,7 @@ def save(tokenizer, folder):
 
 
 def load(folder):
-    """The tokenizer in a folder's tokenizer.json, written by `save`.
+    """The tokenizer in a folder's tokenizer.json: one that `save` wrote, or any published byte-level BPE.
 
     Raises FileNotFoundError, or ValueError when the file is something else.
     """
@@ -156,13 +160,19 @@ def load(folder):
     try:
         with open(path, encoding='utf-8') as file:
             contents = json.load(file)
-        vocab = contents['model']['vocab']
-        tokens = [bytes(CHAR_TO_BYTE[char] for char in token) for token in sorted(vocab, key=vocab.get)]
-        pattern = contents['pre_tokenizer']['pretokenizers'][0]['pattern']['Regex']
         special = {token['content']: token['id'] for token in contents['added_tokens']}
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+        vocab = {token: id for token, id in contents['model']['vocab'].items() if token not in special}
+        ranks = {bytes(CHAR_TO_BYTE[char] for char in token): id for token, id in vocab.items()}
+        splitter = contents['pre_tokenizer']
+        splitter = splitter.get('pretokenizers', [splitter])[0]
+        pattern = splitter['pattern']['Regex'] if splitter['type'] == 'Split' else GPT2_WORDS
+        merges = [pair.split(' ') if isinstance(pair, str) else pair for pair in contents['model']['merges']]
+        merged = [vocab[left + right] for left, right in merges]
+        if splitter['type'] not in ('Split', 'ByteLevel') or merged != sorted(merged):
+            raise ValueError('its merges are not in the order of their ids')
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f'{path} is not a byte-level BPE tokenizer ({type(error).__name__}: {error}).') from None
-    return _encoding(pattern, tokens, bool(special))
+    return _encoding(pattern, ranks, special)
 
 
 def _printed(token):

@@ -24,7 +24,7 @@ from model import GPT, GPTConfig
 # -----------------------------------------------------------------------------
 # run
 out_dir = 'out'  # where checkpoints and logs go
-init_from = 'scratch'  # 'scratch', 'resume' (from the last checkpoint) or 'auto' (resume if there is one)
+init_from = 'scratch'  # 'resume': go on; 'auto': go on or start; or a model: 'gpt2' to 'gpt2-xl', a folder
 eval_interval = 250  # steps between evaluations, each of the whole validation split; each may save
 log_interval = 10  # steps between log lines
 eval_only = False  # evaluate once and exit
@@ -37,9 +37,10 @@ batch_size = 12  # sequences a micro-batch
 gradient_accumulation_steps = 1  # micro-batches a step
 block_size = 1024  # context, in tokens
 # model
-arch = 'gpt2'  # the architecture, see model.py
+arch = 'gpt2'  # 'gpt2', 'qwen3' or 'llama', see model.py
 n_layer = 12  # blocks
 n_head = 12  # attention heads
+n_kv_head: int | None = None  # groups of heads that share keys and values (not gpt2); None: n_head, no sharing
 n_embd = 768  # width
 dropout = 0.0  # for pretraining 0 is good, for small data try 0.1 or more
 bias = True  # biases in LayerNorm and Linear layers, as GPT-2 has; False is a bit faster
@@ -70,8 +71,6 @@ numbers = {'min_lr': min_lr, 'lr_decay_iters': lr_decay_iters}
 numbers |= {name: config[name] for name in 'max_iters seed learning_rate weight_decay grad_clip warmup_iters'.split()}
 problems += [f'{k}={v} must be 0 or more, and finite' for k, v in numbers.items() if not 0 <= v < math.inf]
 problems += [f'{name}={config[name]} must be in [0, 1)' for name in ('beta1', 'beta2') if not 0 <= config[name] < 1]
-if init_from not in ('scratch', 'resume', 'auto'):
-    problems.append(f"init_from='{init_from}' must be 'scratch', 'resume' or 'auto'")
 
 # -----------------------------------------------------------------------------
 # device and precision
@@ -97,33 +96,41 @@ scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 saved = checkpoint.checkpoints(out_dir)
 if init_from == 'auto':
     init_from = 'resume' if saved else 'scratch'
-if init_from == 'scratch' and saved and not eval_only:
+if init_from != 'resume' and saved and not eval_only:
     sys.exit(f'{out_dir} holds a run: go on with it (--init_from=resume), choose another --out_dir, or delete it.')
 
 with errors_in_one_sentence():
     data = Dataset(dataset)
-    shape = {name: config[name] for name in ('arch', 'block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')}
-    model_config = GPTConfig(vocab_size=data.vocab_size, **shape)
     if len(data.train) <= block_size:
         raise ValueError(
             f'The training split of {data.folder} has {len(data.train):,} tokens, fewer than one window of '
             f'block_size={block_size} and its target: prepare more text or choose a smaller block_size.'
         )
+    shape = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'n_kv_head')
+    asked = GPTConfig(vocab_size=data.vocab_size, dropout=dropout, **{name: config[name] for name in shape})
     state = {'step': 0, 'windows': 0, 'train_seconds': 0.0, 'evaluated': -1, 'best_val_loss': math.inf, 'best_step': 0}
-    if init_from == 'resume':
+    if init_from == 'scratch':
+        torch.manual_seed(seed)
+        model = GPT(asked)
+    elif init_from == 'resume':
         path = checkpoint.find(out_dir, 'last')
         model = GPT.from_pretrained(path, dropout=dropout)
-        other = [f'{k}={v!r}' for k, v in vars(model.config).items() if v != getattr(model_config, k)]
+        other = [name for name in (*shape, 'vocab_size') if getattr(model.config, name) != getattr(asked, name)]
         if other:
             raise ValueError(
-                f'The checkpoint {path} has {", ".join(other)}, this command asks for another model: '
-                f'resume with python train.py {out_dir}/config.py --init_from=resume'
+                f'{path} has {", ".join(f"{name}={getattr(model.config, name)!r}" for name in other)}, this command '
+                f'asks for another model: resume with python train.py {out_dir}/config.py --init_from=resume'
             )
         train_state = checkpoint.load_state(path, device)
         state = train_state['state']
-    else:
-        torch.manual_seed(seed)
-        model = GPT(model_config)
+    else:  # fine-tune: the shape is the published model's, but for a shorter context
+        model = GPT.from_pretrained(init_from, dropout=dropout, block_size=block_size)
+        if model.config.vocab_size != data.vocab_size:
+            raise ValueError(
+                f'The model {init_from} has a vocabulary of {model.config.vocab_size:,} tokens, {data.folder} one of '
+                f"{data.vocab_size:,}: prepare the text with the model's, --tokenizer={init_from}"
+            )
+        config |= {name: getattr(model.config, name) for name in shape}
 model.to(device)
 
 optimizer = torch.optim.AdamW(
@@ -216,7 +223,8 @@ tokens_per_step = windows_per_step * block_size
 tokens = len(data.train) - 1
 n_threads = f' ({torch.get_num_threads()} threads)' if device_type == 'cpu' else ''
 print(
-    f'model   {arch}, {n_layer} layers, {n_head} heads, {n_embd} wide: {model.count_parameters():,} parameters\n'
+    f'model   {config["arch"]}, {config["n_layer"]} layers, {config["n_head"]} heads, {config["n_embd"]} wide: '
+    f'{model.count_parameters():,} parameters\n'
     f'data    {data.folder}, {data.meta["tokenizer"]} vocabulary of {data.vocab_size:,}: '
     f'{len(data.train):,} tokens, {len(data.val):,} for validation\n'
     f'device  {device}{n_threads}, {dtype}, {"compiled" if compile else "not compiled"}\n'

@@ -1,13 +1,28 @@
+import json
 import math
+import os
 
+import huggingface_hub
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Model
+from transformers.models.llama import modeling_llama
+from transformers.models.qwen3 import modeling_qwen3
 
-from model import GPT, IGNORE, GPTConfig
+from model import GPT, IGNORE, PUBLISHED, GPTConfig, choose
 
 SMALL = {'vocab_size': 1000, 'block_size': 48, 'n_layer': 3, 'n_head': 4, 'n_embd': 64}
+SHAPES = [
+    {'arch': 'gpt2'},
+    {'arch': 'gpt2', 'bias': False, 'n_head': 2, 'vocab_size': 64},
+    {'arch': 'qwen3'},
+    {'arch': 'qwen3', 'n_kv_head': 1, 'head_dim': 32, 'tied': False, 'rope_theta': 1e6, 'n_hidden': 100},
+    {'arch': 'llama', 'n_kv_head': 2},
+]
+every_shape = pytest.mark.parametrize('shape', SHAPES, ids=lambda shape: ' '.join(map(str, shape.values())))
 
 
 def small_model(seed=0, **changes):
@@ -17,19 +32,31 @@ def small_model(seed=0, **changes):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
-        model.wte.weight[model.config.vocab_size :] = 0
+        for matrix in (model.wte.weight, model.head.weight):
+            matrix[model.config.vocab_size :] = 0
     return model
 
 
-@pytest.mark.parametrize('bias', [True, False])
+def norm_in_full_precision(self, x):
+    """transformers computes RMSNorm in float32 whatever the model's dtype; the reference for float64 must not."""
+    return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+@every_shape
+@pytest.mark.parametrize('seed', [0, 1])
 @pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
-def test_logits_loss_and_gradients_are_those_of_transformers(tmp_path, dtype, tolerance, bias):
-    model = small_model(bias=bias).to(dtype).eval()
+def test_logits_loss_and_gradients_are_those_of_transformers(tmp_path, monkeypatch, dtype, tolerance, seed, shape):
+    if dtype == torch.float64:
+        for norm in (modeling_qwen3.Qwen3RMSNorm, modeling_llama.LlamaRMSNorm):
+            monkeypatch.setattr(norm, 'forward', norm_in_full_precision)
+    model = small_model(seed, **shape).to(dtype).eval()
+    vocab_size = model.config.vocab_size
     model.save_pretrained(tmp_path)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, attn_implementation='eager').eval()
-    idx = torch.randint(0, 1000, (3, 48))
+    attention = 'sdpa' if dtype == torch.float64 else 'eager'  # whose softmax is in float32, too
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, attn_implementation=attention).eval()
+    idx = torch.randint(0, vocab_size, (3, 48))
     logits = theirs(idx).logits
-    assert (model(idx)[..., :1000] - logits).abs().max() < tolerance
+    assert (model(idx)[..., :vocab_size] - logits).abs().max() < tolerance
     loss = model(idx[:, :-1], idx[:, 1:])
     reference = F.cross_entropy(logits[:, :-1].flatten(0, 1), idx[:, 1:].flatten())
     assert loss.dtype == dtype and abs(loss - reference) < tolerance
@@ -44,23 +71,195 @@ def test_logits_loss_and_gradients_are_those_of_transformers(tmp_path, dtype, to
     assert set(gradients) <= {name for name, _ in theirs.named_parameters()}
 
 
-@pytest.mark.parametrize('bias', [True, False])
-def test_saving_and_loading_is_bit_identical(tmp_path, bias):
-    model = small_model(bias=bias, dropout=0.1)
-    model.save_pretrained(tmp_path, end_of_text=999)
-    loaded = GPT.from_pretrained(tmp_path)
-    assert loaded.config == model.config
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, loaded.state_dict()[name]), name
+@every_shape
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_from_here_to_transformers_and_back_is_bit_identical(tmp_path, shape, dtype):
+    model = small_model(**shape, dropout=0.1).to(dtype)
+    ours, theirs = tmp_path / 'ours', tmp_path / 'theirs'
+    ours.mkdir()
+    model.save_pretrained(ours, end_of_text=model.config.vocab_size - 1)
+    opened, report = AutoModelForCausalLM.from_pretrained(ours, output_loading_info=True)
+    assert not any(report.values()), report
+    assert opened.dtype == dtype and opened.config.eos_token_id == model.config.vocab_size - 1
+    opened.save_pretrained(theirs)
+    for folder in (ours, theirs):
+        loaded = GPT.from_pretrained(folder)
+        assert loaded.config == model.config
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor.float(), loaded.state_dict()[name].float()), name
 
 
-def test_gpt2_has_its_published_number_of_parameters():
+@every_shape
+@pytest.mark.parametrize('batch_size', [1, 4])
+def test_cached_generation_is_uncached_generation_beyond_the_window_too(shape, batch_size):
+    model = small_model(**shape).eval()
+    for length, new in ((1, 20), (20, 60), (48, 5), (60, 5)):
+        prompt = out = torch.randint(0, model.config.vocab_size, (batch_size, length))
+        for _ in range(new):
+            out = torch.cat((out, model(out[:, -48:])[:, -1:].argmax(-1)), 1)
+        generated = torch.cat(list(model.generate(prompt, new, temperature=0)), 1)
+        assert torch.equal(generated, out[:, length:])
+
+
+def test_greedy_generation_is_that_of_transformers(tmp_path):
+    model = small_model(arch='qwen3').eval()
+    model.save_pretrained(tmp_path)
+    prompt = torch.randint(0, 1000, (2, 7))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).generate(prompt, max_new_tokens=30, do_sample=False)
+    assert torch.equal(torch.cat(list(model.generate(prompt, 30, temperature=0)), 1), theirs[:, 7:])
+
+
+@pytest.mark.slow  # the first compilation takes most of a minute
+def test_compiled_generation_is_eager_generation():
+    model = small_model().eval()
+    prompt = torch.randint(0, 1000, (2, 7))
+    eager, compiled = (list(model.generate(prompt, 20, temperature=0, compile=c)) for c in (False, True))
+    assert torch.equal(torch.cat(eager, 1), torch.cat(compiled, 1))
+
+
+@pytest.mark.parametrize(
+    'way',
+    [
+        {},
+        {'temperature': 0.5},
+        {'temperature': 1.7, 'top_k': 7},
+        {'top_p': 0.8},
+        {'min_p': 0.1},
+        {'temperature': 1.3, 'top_k': 12, 'top_p': 0.9, 'min_p': 0.05},
+    ],
+    ids=str,
+)
+def test_sampled_frequencies_are_the_probabilities_of_transformers(way):
+    from transformers import (
+        LogitsProcessorList,
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    logits = 2 * torch.randn(1, 25, generator=torch.Generator().manual_seed(1))
+    warpers = {'temperature': TemperatureLogitsWarper, 'top_k': TopKLogitsWarper, 'top_p': TopPLogitsWarper}
+    warpers |= {'min_p': MinPLogitsWarper}
+    reference = LogitsProcessorList([warper(way[name]) for name, warper in warpers.items() if name in way])
+    expected = 100_000 * reference(None, logits.clone())[0].softmax(-1).double()
+    drawn = choose(logits.expand(100_000, -1), torch.Generator().manual_seed(2), **way)
+    counts = drawn.flatten().bincount(minlength=25).double()
+    kept = expected > 0
+    assert not counts[~kept].any()
+    chi_square = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
+    degrees = int(kept.sum()) - 1
+    assert chi_square < degrees + 5 * math.sqrt(2 * degrees)
+
+
+def test_top_k_keeps_exactly_k_even_among_equals():
+    drawn = choose(torch.zeros(5000, 100), top_k=3)
+    assert len(drawn.unique()) == 3
+
+
+def test_the_repetition_penalty_is_that_of_transformers():
+    logits = torch.randn(4, 50)
+    idx = logits.topk(10).indices
+    seen = torch.zeros(4, 50, dtype=torch.bool).scatter_(1, idx, True)
+    reference = transformers.RepetitionPenaltyLogitsProcessor(50.0)(idx, logits.clone()).argmax(-1)
+    assert torch.equal(choose(logits, temperature=0, repetition_penalty=50.0, seen=seen)[:, 0], reference)
+    assert not torch.equal(choose(logits, temperature=0)[:, 0], reference)
+
+
+def test_the_same_seed_draws_the_same_tokens():
+    model, prompt = small_model().eval(), torch.zeros(2, 1, dtype=torch.long)
+
+    def draw(seed):
+        return torch.cat(list(model.generate(prompt, 10, torch.Generator().manual_seed(seed))), 1)
+
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2)) and not torch.equal(*draw(1))
+
+
+def published(folder, names='bare', files='one'):
+    """A GPT-2 in the layouts found in the wild. Returns its logits for a few tokens."""
+    model = small_model().eval()
+    model.save_pretrained(folder)
+    reference = GPT2Model.from_pretrained(folder)
+    if names == 'bare':  # as OpenAI published it: no prefix, and the attention masks as buffers
+        weights = {name: tensor.contiguous() for name, tensor in reference.state_dict().items()}
+        weights |= {f'h.{i}.attn.bias': torch.ones(1, 1, 48, 48).tril() for i in range(3)}
+    else:  # as older versions of transformers wrote it, the tied head beside it
+        weights = load_file(folder / 'model.safetensors')
+        weights['lm_head.weight'] = weights['transformer.wte.weight'].clone()
+    (folder / 'model.safetensors').unlink()
+    halves = [dict(list(weights.items())[i::2]) for i in range(2)]
+    if files == 'one':
+        save_file(weights, folder / 'model.safetensors')
+    elif files == 'shards':
+        index = {}
+        for i, half in enumerate(halves):
+            save_file(half, folder / f'model-{i}.safetensors')
+            index |= dict.fromkeys(half, f'model-{i}.safetensors')
+        (folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': index}))
+    else:
+        torch.save(weights, folder / 'pytorch_model.bin')
+    return model(torch.arange(40)[None])
+
+
+@pytest.mark.parametrize('names', ['bare', 'prefixed'])
+@pytest.mark.parametrize('files', ['one', 'shards', 'pickle'])
+def test_published_layouts_open(tmp_path, names, files):
+    logits = published(tmp_path, names, files)
+    model = GPT.from_pretrained(tmp_path, block_size=40).eval()
+    assert model.config.block_size == 40 and model.wpe.weight.shape == (40, 64)
+    assert torch.equal(model(torch.arange(40)[None]), logits)
+
+
+def test_a_published_name_is_downloaded_from_the_hub(tmp_path, monkeypatch):
+    logits = published(tmp_path)
+    asked = []
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda name, **_: asked.append(name) or str(tmp_path))
+    assert torch.equal(GPT.from_pretrained('gpt2-large').eval()(torch.arange(40)[None]), logits)
+    assert asked == ['openai-community/gpt2-large']
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
+    with pytest.raises(ConnectionError, match='gpt2-xl could not be downloaded.*or name a folder'):
+        GPT.from_pretrained('gpt2-xl')
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ('exploded',)
+
+
+def test_a_pickle_is_not_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    published(tmp_path, files='pickle')
+    torch.save({'bomb': Bomb()}, tmp_path / 'pytorch_model.bin')
+    with pytest.raises(ValueError, match='pytorch_model.bin is damaged'):
+        GPT.from_pretrained(tmp_path)
+    assert not (tmp_path / 'exploded').exists()
+
+
+@pytest.mark.parametrize(
+    ('name', 'count'),
+    [('gpt2', 124_439_808), ('gpt2-medium', 354_823_168), ('gpt2-large', 774_030_080), ('gpt2-xl', 1_557_611_200)],
+)
+def test_gpt2_has_its_published_number_of_parameters(name, count):
     with torch.device('meta'):
-        model = GPT(GPTConfig())
-    assert model.count_parameters() == 124_439_808
+        model = GPT(GPTConfig(**PUBLISHED[name]))
+    assert model.count_parameters() == count
     # PaLM's formula, spelled out: 6 per matrix parameter, 12 · layers · width · context for attention
-    matrices = 124_439_808 - 1024 * 768
-    assert model.flops_per_token() == 6 * matrices + 12 * 12 * 768 * 1024
+    width, layers = model.config.n_embd, model.config.n_layer
+    assert model.flops_per_token() == 6 * (count - 1024 * width) + 12 * layers * width * 1024
+
+
+@every_shape
+def test_flops_are_those_a_profiler_counts(shape):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = small_model(**shape | {'vocab_size': 1024})
+    idx = torch.randint(0, 1000, (2, 48))
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(idx, idx).backward()
+    assert counter.get_total_flops() == pytest.approx(model.flops_per_token() * idx.numel(), rel=0.02)
 
 
 def test_ignored_targets_do_not_count():
@@ -128,16 +327,6 @@ def test_the_padding_of_the_vocabulary_is_never_sampled_and_never_trained():
     assert not model.wte.weight.grad[65:].any() and model.wte.weight.grad[:65].any()
 
 
-def test_greedy_generation_slides_its_window():
-    model = small_model(block_size=8).eval()
-    prompt = torch.randint(0, 1000, (2, 5))
-    out = prompt
-    for _ in range(12):
-        out = torch.cat((out, model(out[:, -8:])[:, -1:].argmax(-1)), 1)
-    generated = torch.cat(list(model.generate(prompt, 12, temperature=0)), 1)
-    assert torch.equal(generated, out[:, 5:])
-
-
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
@@ -145,7 +334,10 @@ def test_greedy_generation_slides_its_window():
         ({'n_layer': 0}, 'n_layer=0 must be at least 1'),
         ({'n_head': 0}, 'n_head=0 must be at least 1'),
         ({'dropout': 1.0}, r'dropout=1.0 must be at least 0 and below 1'),
-        ({'arch': 'rnn'}, "arch='rnn' is not known"),
+        ({'arch': 'rnn'}, "arch='rnn' is not known. Choose one of: gpt2, qwen3, llama"),
+        ({'arch': 'qwen3', 'n_kv_head': 3}, 'n_head=4 must be a multiple of n_kv_head=3'),
+        ({'arch': 'llama', 'head_dim': 5}, 'head_dim=5 must be even'),
+        ({'n_kv_head': 2}, "not for arch='gpt2'"),
     ],
 )
 def test_a_shape_that_cannot_be_built_is_refused(changes, message):
@@ -154,8 +346,6 @@ def test_a_shape_that_cannot_be_built_is_refused(changes, message):
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     small_model().save_pretrained(tmp_path)
     weights = load_file(tmp_path / 'model.safetensors')
 
@@ -172,3 +362,23 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         GPT.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match='There is no folder'):
         GPT.from_pretrained(tmp_path / 'nowhere')
+
+
+@pytest.mark.parametrize(
+    ('config', 'message'),
+    [
+        ({'model_type': 'bert'}, "A model of type 'bert' cannot be opened here, only gpt2, qwen3, llama"),
+        ({'activation_function': 'relu'}, "has activation_function='relu', which is not implemented"),
+        ({'n_embd': None}, 'not of a model known here|not supported'),
+        ({'n_layer': 4}, r'h\.3\..* is missing.*\(and 9 more\)'),
+    ],
+)
+def test_a_config_that_is_not_understood_is_refused(tmp_path, config, message):
+    small_model().save_pretrained(tmp_path)
+    path = tmp_path / 'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(tmp_path)
+    path.write_text('{"model_type"')
+    with pytest.raises(ValueError, match='not of a model known here'):
+        GPT.from_pretrained(tmp_path)

@@ -125,7 +125,7 @@ def test_a_dataset_interrupted_anywhere_is_complete_or_has_no_train_bin(run, tmp
         (['--input=blank.txt'], 'There is no text in blank.txt.'),
         (['--input=latin.txt'], 'latin.txt is not UTF-8 text: byte 3 cannot be decoded.'),
         (['--input=short.txt', '--tokenizer=byte'], 'its val split has fewer than 2 tokens'),
-        (['--input=ok.txt', '--tokenizer=bert'], 'Choose one of: gpt2, bpe, char, byte.'),
+        (['--input=ok.txt', '--tokenizer=bert'], 'Choose one of: gpt2, bpe, char, byte, or a folder'),
         (['--input=ok.txt', '--vocab_size=100'], '256 bytes and end-of-text make 257'),
         (['--input=ok.txt', '--val_fraction=1.0'], 'must lie between 0 and 1'),
         (['--input=ok.txt', '--val_fraction=nan'], "val_fraction takes float, not 'nan'"),

@@ -1,4 +1,5 @@
 import json
+from random import Random
 
 import pytest
 import tiktoken
@@ -6,6 +7,7 @@ import tokenizers as hf
 from conftest import ROOT, TEXT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 import tokenizer as tk
 
@@ -56,6 +58,41 @@ def test_the_saved_file_gives_the_same_ids_in_hugging_face_tokenizers(encodings,
         ids = list(tk.encode(encodings[kind], text))
         assert theirs.encode(text).ids == ids
         assert theirs.decode(ids) == text
+
+
+@pytest.mark.parametrize('kind', tk.KINDS)
+def test_transformers_opens_the_saved_folder_and_agrees_on_random_text(encodings, kind, tmp_path):
+    tk.save(encodings[kind], tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.eos_token_id == tk.end_of_text_id(encodings[kind])
+    assert len(theirs) == encodings[kind].n_vocab
+    random = Random(0)
+    alphabet = sorted(set(''.join([TEXT, *SAMPLES]) if kind == 'char' else TEXT + SAMPLES[1] + SAMPLES[2]))
+    for _ in range(1000):
+        letters = random.choices(alphabet, k=random.randrange(40))
+        if kind != 'char':
+            letters = [chr(random.randrange(0x20, 0xD800)) if random.random() < 0.3 else c for c in letters]
+        text = ''.join(letters)
+        ids = tk.encode(encodings[kind], text).tolist()
+        assert theirs.encode(text, add_special_tokens=False) == ids, repr(text)
+        assert theirs.decode(ids) == text
+
+
+def test_gpt2s_published_tokenizer_file_opens(encodings, tmp_path):
+    """In the layout of the hub: ByteLevel with GPT-2's own pattern, merges as texts, end-of-text in the vocabulary."""
+    tk.save(encodings['gpt2'], tmp_path)
+    contents = json.loads((tmp_path / 'tokenizer.json').read_text())
+    contents['model'] |= {'merges': [' '.join(pair) for pair in contents['model']['merges']], 'ignore_merges': False}
+    contents['model']['vocab']['<|endoftext|>'] = 50256
+    contents['pre_tokenizer'] = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True}
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(contents))
+    loaded = tk.load(tmp_path)
+    assert (loaded.n_vocab, tk.end_of_text_id(loaded)) == (50257, 50256)
+    theirs = hf.Tokenizer.from_file(str(tmp_path / 'tokenizer.json'))
+    for text in [*SAMPLES[:-1], TEXT]:
+        ids = tk.encode(encodings['gpt2'], text).tolist()
+        assert tk.encode(loaded, text).tolist() == ids
+        assert theirs.encode(text).ids == ids
 
 
 def test_gpt2_is_the_published_one(encodings):

@@ -285,7 +285,7 @@ def test_without_a_compiler_training_goes_on_and_says_so(run, sheep, monkeypatch
         (['--dataset=shakespeare'], 'data/shakespeare has no train.bin. Make it with: python prepare.py\n'),
         (['--block_size=100000'], 'fewer than one window of block_size=100000'),
         (['--init_from=resume'], 'out has no checkpoint'),
-        (['--init_from=gtp2'], "init_from='gtp2' must be 'scratch', 'resume' or 'auto'"),
+        (['--init_from=gtp2'], 'There is no folder gtp2. Models known by name: gpt2, gpt2-medium'),
         (['--device=tpu'], "device='tpu' cannot be used here"),
         (['--device=cuda:99'], "device='cuda:99' cannot be used here"),
         (['--dtype=float8'], "dtype='float8' must be"),
@@ -306,6 +306,23 @@ def test_a_run_is_not_overwritten_and_not_resumed_as_something_else(run, sheep, 
     wrong = train(run, '--max_iters=3', '--init_from=resume', '--n_layer=1', code=1)
     assert 'has n_layer=2' in wrong.err and 'train.py out/config.py --init_from=resume' in wrong.err
     assert before == {path: path.read_bytes() for path in (tmp_path / 'out').rglob('*') if path.is_file()}
+
+
+def test_fine_tuning_starts_from_a_models_weights_and_shape(run, sheep, tmp_path):
+    train(run, '--max_iters=60', '--learning_rate=1e-2', '--arch=qwen3', '--n_kv_head=1', out='base')
+    base = losses(tmp_path / 'base')[60]
+    model = f'--init_from={tmp_path / "base" / "step_00000060"}'
+    result = run('train.py', model, '--dataset=sheep', '--block_size=32', '--max_iters=3', '--out_dir=tuned')
+    assert result.code == 0, result.err
+    assert losses(tmp_path / 'tuned')[0] == pytest.approx(base, abs=1e-6)
+    assert run('train.py', 'tuned/config.py', '--max_iters=4', '--init_from=resume').code == 0
+    assert 'block_size=64 is more than the 32 of' in train(run, model, '--block_size=64', code=1).err
+    (tmp_path / 'goats.txt').write_text(TEXT)
+    assert run('prepare.py', '--input=goats.txt', '--tokenizer=char').code == 0
+    wrong = run('train.py', model, '--dataset=goats', '--block_size=32', '--max_iters=1')
+    assert wrong.code == 1 and 'has a vocabulary of 257 tokens, data/goats one of 31' in wrong.err
+    assert run('prepare.py', '--input=goats.txt', '--tokenizer=base/step_00000060').code == 0
+    assert run('train.py', model, '--dataset=goats', '--block_size=32', '--max_iters=1').code == 0
 
 
 def test_a_dataset_that_does_not_match_its_meta_is_refused(run, sheep):
