@@ -261,8 +261,6 @@ class GPT(nn.Module):
         return 6 * (self.count_parameters() - looked_up) + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
 
     # -----------------------------------------------------------------------------
-    # generation
-
     @torch.inference_mode()
     def generate(self, idx, max_new_tokens, generator=None, compile=False, **sampling):
         """Yield max_new_tokens times the next token of each sequence, (B, 1), after the prompts idx, (B, T).
