@@ -181,7 +181,7 @@ class GPT(nn.Module):
         self.init_weights()
 
     def forward(self, idx, targets=None):
-        logits = self.logits(self.hidden(idx))  # (B, T, V)
+        logits = F.linear(self.hidden(idx), self.head.weight, self.padding)  # (B, T, V)
         if targets is None:
             return logits
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -206,9 +206,6 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x, rope, None if cache is None else (*cache[i], positions, mask))
         return self.norm_f(x)
-
-    def logits(self, x):
-        return F.linear(x, self.head.weight, self.padding)
 
     @torch.no_grad()
     def init_weights(self):
@@ -275,7 +272,7 @@ class GPT(nn.Module):
         cache = [tuple(pair) for pair in self.wte.weight.new_zeros(c.n_layer, 2, B, c.n_kv_head, S, c.head_dim)]
         positions = torch.arange(S, device=idx.device)
         tokens = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), 1)
-        seen = torch.zeros(B, c.padded_vocab_size, dtype=torch.bool, device=idx.device).scatter_(1, idx, True)
+        seen = torch.zeros(B, c.vocab_size, dtype=torch.bool, device=idx.device).scatter_(1, idx, True)
         step = torch.compile(self.next_logits) if compile else self.next_logits
         for n in range(T, T + max_new_tokens):
             if n == T:
@@ -290,7 +287,9 @@ class GPT(nn.Module):
             yield token
 
     def next_logits(self, idx, positions=None, cache=None):
-        return self.logits(self.hidden(idx, positions, cache)[:, -1]).float()
+        """The logits of the token after idx, (B, vocab_size): for few rows, the padding of the head only costs."""
+        x = self.hidden(idx, positions, cache)[:, -1]
+        return F.linear(x, self.head.weight[: self.config.vocab_size]).float()
 
     # -----------------------------------------------------------------------------
     # Weights in and out: folders in the Hugging Face layout, config.json + model.safetensors.
