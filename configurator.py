@@ -16,8 +16,10 @@ import ast
 import contextlib
 import difflib
 import os
+import re
 import sys
 import tokenize
+import traceback
 import types
 
 # Knobs of nanoGPT's configs that nothing here needs: a note instead of an error, so that those configs run.
@@ -32,11 +34,12 @@ NANOGPT_ONLY = {
 def configure(script, args=None):
     """Override the knobs in `script` (a module's globals()) from `args` (default: the command line).
 
-    Knobs are the public names bound to an int, float, bool, str or None so far. One whose default is None says what
-    else it takes in its annotation: `seed: int | None = None`. Returns the effective knobs as a dict.
+    Knobs are the lowercase names bound to an int, float, bool, str or None so far. One whose default is None says
+    what else it takes in its annotation: `seed: int | None = None`. Returns the effective knobs as a dict.
     """
+    sys.excepthook = _without_traceback_of_ctrl_c
     kinds = (int, float, bool, str, types.NoneType)
-    knobs = {name: value for name, value in script.items() if name[0] != '_' and type(value) in kinds}
+    knobs = {k: v for k, v in script.items() if k[0] != '_' and k == k.lower() and type(v) in kinds}
     annotations = sys.modules[script['__name__']].__annotations__
     accepted = {name: _types(annotations.get(name, type(knobs[name]))) for name in knobs}
     args = sys.argv[1:] if args is None else args
@@ -71,11 +74,20 @@ def configure(script, args=None):
 
 @contextlib.contextmanager
 def errors_in_one_sentence():
-    """Turn the errors that bad input raises (ValueError, OSError) into one sentence and status 1."""
+    """Turn the errors that bad input raises into one sentence and status 1: ValueError, OSError, too little memory."""
     try:
         yield
     except (ValueError, OSError) as error:
         sys.exit(str(error))
+    except (MemoryError, OverflowError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search('memory|overflow', str(error)):
+            raise
+        sys.exit(f'This needs more memory than there is: use smaller numbers. ({str(error).splitlines()[0][:100]})')
+
+
+def _without_traceback_of_ctrl_c(kind, error, trace):
+    if kind is not KeyboardInterrupt:
+        sys.__excepthook__(kind, error, trace)
 
 
 def pick_device(name):
@@ -85,7 +97,8 @@ def pick_device(name):
     if name == 'auto':
         return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
-        torch.empty(1, device=name)
+        if torch.empty(1, device=name).device.type not in ('cuda', 'mps', 'cpu'):
+            raise RuntimeError('it is none of cuda, mps and cpu')
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device='{name}' cannot be used here: {str(error).splitlines()[0]}") from None
     return name
@@ -99,28 +112,25 @@ def _run_config_file(path, knobs):
     """The public variables a config file sets; the knobs as they are so far are its starting point."""
     try:
         with open(path, encoding='utf-8') as file:
-            code = compile(file.read(), path, 'exec')
-        before = dict(knobs) | {'__file__': path, '__name__': 'config'}
-        after = dict(before)
-        exec(code, after)
+            source = file.read()
     except FileNotFoundError:
         sys.exit(f'There is no config file {path}. Flags are written --name=value.')
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f'The config file {path} cannot be read: {error}')
+    after = dict(knobs) | {'__file__': path, '__name__': 'config'}
+    try:
+        exec(compile(source, path, 'exec'), after)
     except Exception as error:  # whatever the user's code raises
-        line = getattr(error, 'lineno', None) or _line_of(error)
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line = lines[-1] if lines else getattr(error, 'lineno', '?')
         sys.exit(f'{path}, line {line}: {type(error).__name__}: {getattr(error, "msg", error)}')
-    public = {name: value for name, value in after.items() if name[0] != '_' and not callable(value)}
     return {
         name: value
-        for name, value in public.items()
-        if not isinstance(value, types.ModuleType) and (name not in before or before[name] is not value)
+        for name, value in after.items()
+        if name[0] != '_' and not (name in knobs and knobs[name] is value)
+        # what a file imports or defines for itself
+        and not (name not in knobs and (callable(value) or isinstance(value, types.ModuleType)))
     }
-
-
-def _line_of(error):
-    trace = error.__traceback__
-    while trace.tb_next:
-        trace = trace.tb_next
-    return trace.tb_lineno
 
 
 def _checked(source, name, value, kinds, from_text):
@@ -143,7 +153,10 @@ def _print_help(script, knobs):
     with tokenize.open(script['__file__']) as file:
         tokens = list(tokenize.generate_tokens(file.readline))
     comments = {token.start[0]: token for token in tokens if token.type == tokenize.COMMENT}
-    assigned = {token.start[0]: token.string for token in tokens if token.type == tokenize.NAME and not token.start[1]}
+    assigned = {}  # where each name comes first
+    for token in tokens:
+        if token.type == tokenize.NAME and token.start[1] == 0 and token.string not in assigned.values():
+            assigned[token.start[0]] = token.string
     last = max(line for line, name in assigned.items() if name in knobs)
     for line, comment in sorted(comments.items()):
         if line <= last and assigned.get(line) in knobs:

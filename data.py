@@ -29,26 +29,36 @@ class Dataset:
 
     def __init__(self, name, root='data'):
         self.name, self.folder = name, os.path.join(root, name)
-        for file in ('train.bin', 'val.bin', 'meta.json'):
+        how = 'python prepare.py' + ('' if name == 'shakespeare' else f' --input=YOUR_TEXT --name={name}')
+        for file in ('train.bin', 'val.bin', 'meta.json', 'tokenizer.json', 'tokenizer_config.json'):
             if not os.path.exists(os.path.join(self.folder, file)):
-                bundled = name == 'shakespeare'
-                how = 'python prepare.py' + ('' if bundled else f' --input=YOUR_TEXT --name={name}')
                 raise FileNotFoundError(f'{self.folder} has no {file}. Make it with: {how}')
-        with open(os.path.join(self.folder, 'meta.json'), encoding='utf-8') as file:
-            self.meta = json.load(file)
-        self.tokenizer = load(self.folder)
-        self.vocab_size = self.meta['vocab_size']
-        self.train, self.val = self._tokens('train'), self._tokens('val')
+        try:
+            with open(os.path.join(self.folder, 'meta.json'), encoding='utf-8') as file:
+                self.meta = json.load(file)
+            self.tokenizer = load(self.folder)
+            self.vocab_size, self.end_of_text = int(self.meta['vocab_size']), self.meta['end_of_text']
+            self.train, self.val = self._tokens('train'), self._tokens('val')
+            if self.tokenizer.n_vocab != self.vocab_size:
+                raise ValueError(f'the tokenizer has {self.tokenizer.n_vocab:,} tokens, meta.json {self.vocab_size:,}')
+        except (KeyError, TypeError, ValueError, ZeroDivisionError, OSError) as error:
+            what = str(error) if isinstance(error, ValueError | OSError) else f'meta.json: {error!r}'
+            raise ValueError(f'{self.folder} is damaged, make it again with: {how} ({what})') from None
 
     def _tokens(self, split):
         path = os.path.join(self.folder, f'{split}.bin')
-        tokens = np.memmap(path, dtype=self.meta['dtype'], mode='r')
-        if len(tokens) != self.meta[split]['tokens']:
-            raise ValueError(
-                f'{path} has {len(tokens):,} tokens, meta.json says {self.meta[split]["tokens"]:,}: '
-                'prepare the dataset again.'
-            )
+        tokens = np.memmap(path, dtype=np.dtype(self.meta['dtype']).newbyteorder('<'), mode='r')
+        expected = int(self.meta[split]['tokens'])
+        if len(tokens) != expected or self.bytes_per_token(split) <= 0:
+            raise ValueError(f'{split}.bin has {len(tokens):,} tokens, meta.json says {expected:,}')
+        highest = max(tokens[:1_000_000].max(), tokens[-1_000_000:].max())
+        if highest >= self.vocab_size:
+            raise ValueError(f'{split}.bin has the id {highest:,}, the vocabulary {self.vocab_size:,}')
         return tokens
+
+    def fingerprint(self):
+        """What tells this dataset from another of the same name: checksums of its splits."""
+        return [self.meta[split].get('sha256') for split in ('train', 'val')]
 
     def bytes_per_token(self, split):
         return self.meta[split]['bytes'] / self.meta[split]['tokens']

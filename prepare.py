@@ -37,7 +37,10 @@ SEPARATOR = re.compile(rf'^{re.escape(tokenizers.END_OF_TEXT)}[ \t]*\r?(?:\n|\Z)
 def find_files(paths):
     """The text files named by a comma-separated list of files and folders. Raises FileNotFoundError."""
     files = []
-    for path in map(Path, paths.split(',')):
+    for path in paths.split(','):
+        if not path:
+            raise FileNotFoundError(f"input='{paths}' has an empty name: separate names by single commas.")
+        path = Path(path)
         found = sorted(path.rglob('*')) if path.is_dir() else [path]
         if path.is_dir():
             found = [file for file in found if file.suffix.lower() in ('.txt', '.md') and file.is_file()]
@@ -108,7 +111,7 @@ def main():
     if input is None and dataset != 'shakespeare':
         raise ValueError(f"There is no corpus named '{dataset}'; for your own text use --input=PATH.")
     files = [BUNDLED] if input is None else find_files(input)
-    target = Path('data') / (name or files[0].stem)
+    target = Path('data') / (name or (dataset if input is None else Path(input.split(',')[0]).stem))
     if target.parent != Path('data') or target.name in ('', '..'):
         raise ValueError(f"name='{name}' must be a plain name: the dataset is written to data/NAME.")
 
@@ -144,6 +147,9 @@ def main():
     finally:
         shutil.rmtree(temporary)
 
+    share = sum(map(len, splits['val'])) / sum(map(len, documents))
+    if not val_fraction / 2 < share < 2 * val_fraction:
+        print(f'Note: documents stay whole, so {share:.0%} of the text is for validation, not {val_fraction:.0%}.')
     print(f'{target}: {built.name} tokenizer, {built.n_vocab:,} tokens in its vocabulary')
     print(f'{"split":>9} {"documents":>11} {"bytes":>15} {"tokens":>15} {"bytes/token":>13}')
     for split in splits:

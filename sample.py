@@ -86,7 +86,10 @@ class Sample:
 
 def write(model, tokenizer, prompt, n, stream=None, **sampling):
     """n samples that continue a prompt; the first is handed to stream(text) as it is made. Returns Samples."""
-    ids = tokenizers.encode(tokenizer, prompt).tolist()
+    try:
+        ids = tokenizers.encode(tokenizer, prompt).tolist()
+    except ValueError as error:
+        raise ValueError(f'The prompt {prompt[:20]!r} cannot be used, choose another with --start: {error}') from None
     if not ids and tokenizers.end_of_text_id(tokenizer) is None:
         raise ValueError("The prompt is empty: give the model something to continue with --start='...'.")
     ids = ids or [tokenizers.end_of_text_id(tokenizer)]
@@ -144,8 +147,9 @@ def answer(model, tokenizer, prompt):
 
 def main():
     configure(globals())
-    limits = {'temperature': (0, math.inf), 'top_k': (1, math.inf), 'top_p': (1e-9, 1), 'min_p': (0, 1)}
-    limits |= {'repetition_penalty': (1e-9, math.inf), 'num_samples': (1, math.inf), 'max_new_tokens': (1, math.inf)}
+    limits = {'seed': (0, 2**63 - 1), 'temperature': (0, math.inf), 'top_k': (1, math.inf), 'top_p': (1e-9, 1)}
+    limits |= {'min_p': (0, 1), 'repetition_penalty': (1e-9, math.inf)}
+    limits |= {'num_samples': (1, 10**6), 'max_new_tokens': (1, 10**9)}
     for name, (low, high) in limits.items():
         value = globals()[name]
         if value is not None and not (low <= value <= high and value < math.inf):
@@ -158,8 +162,11 @@ def main():
         raise ValueError(f"dtype='{dtype}' must be 'auto', 'float32' or 'bfloat16'.")
     prompt = start
     if start.startswith('FILE:'):
-        with open(start.removeprefix('FILE:'), encoding='utf-8') as file:
-            prompt = file.read()
+        try:
+            with open(start.removeprefix('FILE:'), encoding='utf-8') as file:
+                prompt = file.read()
+        except UnicodeDecodeError:
+            raise ValueError(f'{start.removeprefix("FILE:")} is not UTF-8 text.') from None
     place = pick_device(device)
     folder = checkpoint.find(out_dir, which) if init_from == 'resume' else find_pretrained(init_from)
     model = GPT.from_pretrained(folder).to(place).eval()

@@ -8,10 +8,11 @@
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import numpy as np
 import torch
@@ -66,10 +67,12 @@ lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
 min_lr = learning_rate / 10 if min_lr is None else min_lr
 
 at_least_one = 'batch_size gradient_accumulation_steps eval_interval log_interval keep_last block_size'.split()
-problems = [f'{name}={config[name]} must be at least 1' for name in at_least_one if config[name] < 1]
+problems = [f'{k}={config[k]} must be at least 1, at most 1e9' for k in at_least_one if not 0 < config[k] <= 10**9]
+problems += [] if out_dir else ['out_dir is empty: name a folder']
 numbers = {'min_lr': min_lr, 'lr_decay_iters': lr_decay_iters}
+limit = 2**63 - 1
 numbers |= {name: config[name] for name in 'max_iters seed learning_rate weight_decay grad_clip warmup_iters'.split()}
-problems += [f'{k}={v} must be 0 or more, and finite' for k, v in numbers.items() if not 0 <= v < math.inf]
+problems += [f'{k}={v} must be 0 or more, and finite' for k, v in numbers.items() if not 0 <= v < limit]
 problems += [f'{name}={config[name]} must be in [0, 1)' for name in ('beta1', 'beta2') if not 0 <= config[name] < 1]
 
 # -----------------------------------------------------------------------------
@@ -96,8 +99,8 @@ scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 saved = checkpoint.checkpoints(out_dir)
 if init_from == 'auto':
     init_from = 'resume' if saved else 'scratch'
-if init_from != 'resume' and saved and not eval_only:
-    sys.exit(f'{out_dir} holds a run: go on with it (--init_from=resume), choose another --out_dir, or delete it.')
+if init_from != 'resume' and saved:
+    sys.exit(f'{out_dir} holds a run: use it with --init_from=resume, choose another --out_dir, or delete it.')
 
 with errors_in_one_sentence():
     data = Dataset(dataset)
@@ -121,8 +124,12 @@ with errors_in_one_sentence():
                 f'{path} has {", ".join(f"{name}={getattr(model.config, name)!r}" for name in other)}, this command '
                 f'asks for another model: resume with python train.py {out_dir}/config.py --init_from=resume'
             )
-        train_state = checkpoint.load_state(path, device)
+        meta, train_state = checkpoint.read_meta(path), checkpoint.load_state(path, device)
+        if meta['data'] != data.fingerprint():
+            raise ValueError(f'{data.folder} has changed since {path}: prepare the same again, or start a new run.')
         state = train_state['state']
+        now_only = ('init_from', 'out_dir', 'eval_only')
+        changed = [k for k in config if config[k] != meta['config'].get(k) and k not in now_only]
     else:  # fine-tune: the shape is the published model's, but for a shorter context
         model = GPT.from_pretrained(init_from, dropout=dropout, block_size=block_size)
         if model.config.vocab_size != data.vocab_size:
@@ -138,7 +145,8 @@ optimizer = torch.optim.AdamW(
 )
 if init_from == 'resume':
     optimizer.load_state_dict(train_state['optimizer'])
-    scaler.load_state_dict(train_state['scaler'])
+    if scaler.is_enabled() and train_state['scaler']:  # it may have been trained in another dtype
+        scaler.load_state_dict(train_state['scaler'])
     for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0), strict=True):
         group.update(weight_decay=decay, betas=(beta1, beta2))  # as asked for now, not as saved
     del train_state
@@ -187,15 +195,15 @@ def evaluate():
 
 
 def save():
-    path = checkpoint.save(
-        out_dir,
-        model,
-        data,
-        {'state': state, 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict()},
-        {'format': 1, 'step': step, 'val_loss': val_loss, 'config': config, 'torch': torch.__version__},
-        keep_last,
-    )
-    return f'saved {path}'
+    """Save a checkpoint, and say so. If that fails training goes on, unless it is at its end."""
+    resume = {'state': state, 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict()}
+    meta = {'format': 1, 'step': step, 'val_loss': val_loss, 'config': config, 'data': data.fingerprint()}
+    try:
+        return f'saved {checkpoint.save(out_dir, model, data, resume, meta | {"torch": torch.__version__}, keep_last)}'
+    except OSError as error:
+        if last or stopping:
+            sys.exit(f'\n{error}. The checkpoints before it are intact.')
+        return f'NOT SAVED: {error}'
 
 
 def log(**record):
@@ -233,6 +241,7 @@ print(
 )
 if init_from == 'resume':
     print(f'resume  {path}, step {state["step"]:,}')
+    print(''.join(f'        {k} was {meta["config"].get(k)!r}, is now {config[k]!r}\n' for k in changed), end='')
 
 log_path = os.path.join(out_dir, 'log.jsonl')
 if not eval_only:
@@ -241,15 +250,20 @@ if not eval_only:
         # The log goes on from the checkpoint: what was written after it is about to happen again.
         lines = []
         if init_from == 'resume' and os.path.exists(log_path):
-            with open(log_path, encoding='utf-8') as file:  # only a line cut short has no end
-                lines = [line for line in file if line[-1] == '\n' and json.loads(line)['step'] <= state['step']]
+            with open(log_path, encoding='utf-8', errors='replace') as file:
+                for line in file:
+                    with suppress(ValueError, TypeError, KeyError):  # a line that was cut short
+                        if json.loads(line)['step'] <= state['step'] and line[-1] == '\n':
+                            lines.append(line)
         with open(log_path + '.tmp', 'w', encoding='utf-8') as file:
             file.writelines(lines)
         os.replace(log_path + '.tmp', log_path)
         with open(os.path.join(out_dir, 'config.py'), 'w', encoding='utf-8') as file:
-            file.write(f'# Repeat this run with: python train.py {out_dir}/config.py --out_dir=ANOTHER\n')
+            file.write(f'# The knobs of this run, since step {state["step"]}. To go on: python train.py THIS_FILE\n')
+            file.write('# --init_from=resume; to repeat it: python train.py THIS_FILE --out_dir=ANOTHER\n')
             file.writelines(f'{k} = {v!r}\n' for k, v in config.items() if k != 'init_from')
 
+diverged = f'Checkpoints in {out_dir} are from before; try a lower learning_rate or a grad_clip.'
 stop = 0  # the signal that asked for an end
 
 
@@ -258,11 +272,11 @@ def request_stop(signum, frame):
     global stop
     stop = signum
     signal.signal(signum, signal.SIG_DFL)
-    print(f'\n{signal.Signals(signum).name}: saving after this step ...', flush=True)
 
 
-signal.signal(signal.SIGINT, request_stop)
-signal.signal(signal.SIGTERM, request_stop)
+if not eval_only:
+    signal.signal(signal.SIGINT, request_stop)
+    signal.signal(signal.SIGTERM, request_stop)
 
 # -----------------------------------------------------------------------------
 # the loop
@@ -273,15 +287,17 @@ train_seconds = first_seconds = logged_seconds = state['train_seconds']  # witho
 mark = time.perf_counter()
 while True:
     # Once more after the last update, so that it is evaluated and saved.
-    last = step >= max_iters
+    last, stopping = step >= max_iters, stop
     due = (step % eval_interval == 0 or last) and state['evaluated'] != step
-    if due or stop or eval_only:
+    if due or stopping or eval_only:
         synchronize()
         train_seconds += time.perf_counter() - mark
         state['train_seconds'] = train_seconds
         val_loss = None
         if due or eval_only:
             val_loss = evaluate()
+            if not math.isfinite(val_loss):
+                sys.exit(f'The validation loss is {val_loss} at step {step:,}: nothing is saved. {diverged}')
             improved = val_loss < state['best_val_loss']
             if improved:
                 state |= {'best_val_loss': val_loss, 'best_step': step}
@@ -293,11 +309,13 @@ while True:
             break
         if due:
             log(step=step, val_loss=val_loss, bits_per_byte=bits, train_seconds=round(train_seconds, 3))
-        if stop or last or (step > first_step and (improved or always_save_checkpoint)):
-            print(f', {save()}' if due else f'step {step:>6,}  {save()}', end='')
+        if stopping and step > first_step and not due:
+            print(f'step {step:>6,}  {signal.Signals(stopping).name}, {save()}', end='')
+        elif due and (last or stopping or (step > first_step and (improved or always_save_checkpoint))):
+            print(f', {save()}', end='')
         print(flush=True)
         mark = time.perf_counter()
-    if last or stop:
+    if last or stopping:
         break
 
     lr = learning_rate_at(step)
@@ -326,6 +344,8 @@ while True:
     # Everything below only tells.
     if step % log_interval == 0 or step == max_iters:
         loss = loss.item()  # waits for the device
+        if not math.isfinite(loss):
+            sys.exit(f'The loss is {loss} at step {step:,}: stopping. {diverged}')
         seconds = train_seconds + time.perf_counter() - mark
         rate = (step - logged_step) * tokens_per_step / (seconds - logged_seconds)
         left = (max_iters - step) * (seconds - first_seconds) / (step - first_step)
@@ -334,11 +354,11 @@ while True:
         print(f'step {step:>6,}  loss {loss:.4f}  lr {lr:.2e}  {speed}', flush=True)
         logged_step, logged_seconds = step, seconds
 
-if stop:
-    print(f'Go on with: python train.py {out_dir}/config.py --init_from=resume')
-    sys.exit(128 + stop)
+if stopping and not last:
+    print(f'Go on with: python train.py {shlex.quote(out_dir + "/config.py")} --init_from=resume')
+    sys.exit(128 + stopping)
 if not eval_only:
     print(
         f'{duration(train_seconds)} of training steps. Best validation loss {state["best_val_loss"]:.4f}, at step '
-        f'{state["best_step"]:,}.\nSample from it with: python sample.py --out_dir={out_dir}'
+        f'{state["best_step"]:,}.\nSample from it with: python sample.py --out_dir={shlex.quote(out_dir)}'
     )

@@ -1,4 +1,5 @@
 import pytest
+from conftest import ROOT
 
 SCRIPT = '''"""A script.
 
@@ -100,6 +101,8 @@ def test_config_files_stack_and_later_wins(script, tmp_path):
         ('batch_size = [8]', 'bad.py: batch_size takes int, not [8]'),
         ('\nbatch_size = (', 'bad.py, line 2: SyntaxError'),
         ('x = 1\n1 / 0', 'bad.py, line 2: ZeroDivisionError: division by zero'),
+        ('batch_size = max', 'bad.py: batch_size takes int, not <built-in function max>'),
+        ('import json\n\njson.loads("")\n\n', 'bad.py, line 3: JSONDecodeError'),
         ('top_k = None\nbatch_size = 2 * top_k', 'bad.py, line 2: TypeError'),
     ],
 )
@@ -107,6 +110,23 @@ def test_a_wrong_config_file_is_refused_with_its_name(script, tmp_path, text, me
     (tmp_path / 'bad.py').write_text(text)
     result = script('bad.py')
     assert result.code == 1 and message in result.err and result.err.count('\n') == 1
+
+
+def test_a_config_that_is_no_text_is_refused(script, tmp_path):
+    (tmp_path / 'binary').write_bytes(b'\x7fELF\xff')
+    for path in ('binary', '.'):
+        result = script(path)
+        assert result.code == 1 and f'The config file {path} cannot be read' in result.err
+
+
+def test_ctrl_c_leaves_no_traceback(tmp_path):
+    import subprocess
+    import sys
+
+    text = f'import sys; sys.path.insert(0, {str(ROOT)!r})\n{SCRIPT}\nraise KeyboardInterrupt\n'
+    (tmp_path / 'script.py').write_text(text)
+    result = subprocess.run([sys.executable, tmp_path / 'script.py'], capture_output=True, text=True)
+    assert result.returncode != 0 and result.stderr == ''
 
 
 def test_configs_of_nanogpt_run_and_are_told_what_is_not_needed(script, tmp_path):
@@ -126,9 +146,10 @@ def test_help_prints_every_knob_with_its_default_and_comment(script):
     assert '_scratch' not in result.out
 
 
-@pytest.mark.parametrize('name', ['prepare.py', 'train.py', 'sample.py'])
+@pytest.mark.parametrize('name', ['prepare.py', 'train.py', 'sample.py', 'bench.py'])
 def test_every_script_explains_every_one_of_its_knobs(run, name):
     result = run(name, '--help')
     knobs = [line for line in result.out.splitlines() if line.startswith('  --')]
     assert result.code == 0 and len(knobs) >= 6
     assert all(len(line[38:]) > 3 for line in knobs), 'a knob without a comment'
+    assert 'device and precision' not in result.out, 'a heading that is no knobs\''

@@ -3,7 +3,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TEXT
 
 import tokenizer as tk
 
@@ -62,6 +62,26 @@ def test_the_split_falls_at_the_nearest_document_boundary_and_leaves_one_on_each
         assert run('prepare.py', f'--input={name}.txt', '--tokenizer=byte').code == 0
     assert len(read(tmp_path / 'data' / 'late', 'val')) == 10  # two of them, each with a line end and end-of-text
     assert len(read(tmp_path / 'data' / 'early', 'train')) == 5
+    assert run('prepare.py', '--input=early.txt', '--tokenizer=byte').out.startswith('Note: documents stay whole')
+
+
+def test_a_large_vocabulary_is_stored_in_32_bits(run, tmp_path):
+    text = ''.join(chr(0x20000 + i) for i in range(40_000)) + ''.join(chr(0x3400 + i) for i in range(27_000))
+    (tmp_path / 'wide.txt').write_text(text * 2)
+    assert run('prepare.py', '--input=wide.txt', '--tokenizer=char').code == 0
+    folder = tmp_path / 'data' / 'wide'
+    assert json.loads((folder / 'meta.json').read_text())['dtype'] == 'uint32'
+    ids = np.concatenate([read(folder, 'train'), read(folder, 'val')])
+    assert ids.max() == 66_999
+    assert tk.load(folder).decode(ids) == text * 2
+
+
+def test_a_bpe_vocabulary_is_learned_from_the_training_part_alone(run, tmp_path):
+    for name, last in (('a', 'zebras and quaggas '), ('b', 'entirely other words ')):
+        (tmp_path / f'{name}.txt').write_text(TEXT + last * (len(TEXT) // 9 // len(last)))
+        assert run('prepare.py', f'--input={name}.txt', '--vocab_size=300', '--val_fraction=0.2').code == 0
+    a, b = (tk.load(tmp_path / 'data' / name) for name in 'ab')
+    assert a._mergeable_ranks == b._mergeable_ranks
 
 
 def test_the_bundled_shakespeare_is_the_default(run, tmp_path):
@@ -120,6 +140,8 @@ def test_a_dataset_interrupted_anywhere_is_complete_or_has_no_train_bin(run, tmp
     [
         (['--input=missing.txt'], 'There is no file missing.txt.'),
         (['--input=ok.txt,missing'], 'There is no file missing.'),
+        (['--input='], "input='' has an empty name"),
+        (['--input=ok.txt,'], "input='ok.txt,' has an empty name"),
         (['--input=nothing'], 'The folder nothing has no .txt or .md file.'),
         (['--input=empty.txt'], 'There is no text in empty.txt.'),
         (['--input=blank.txt'], 'There is no text in blank.txt.'),

@@ -66,7 +66,7 @@ def test_the_best_or_the_last_checkpoint_is_used(run, trained, tmp_path):
         (['--top_p=0'], 'top_p=0.0 must be more than 0, at most 1.'),
         (['--min_p=2'], 'min_p=2.0 must be 0 or more, at most 1.'),
         (['--repetition_penalty=0'], 'repetition_penalty=0.0 must be more than 0.'),
-        (['--num_samples=0'], 'num_samples=0 must be 1 or more.'),
+        (['--num_samples=0'], 'num_samples=0 must be 1 or more, at most 1000000.'),
         (['--format=xml'], "format='xml' must be 'text' or 'jsonl'"),
         (['--dtype=float64'], "dtype='float64' must be"),
         (['--init_from=gpt3'], 'no folder gpt3. Models known by name: gpt2, gpt2-medium, gpt2-large, gpt2-xl.'),
@@ -74,6 +74,9 @@ def test_the_best_or_the_last_checkpoint_is_used(run, trained, tmp_path):
         (['--init_from=truncated'], 'model.safetensors is damaged or incomplete'),
         (['--which=first'], "which='first' must be 'best' or 'last'"),
         (['--device=tpu'], "device='tpu' cannot be used here"),
+        (['--device=meta'], 'it is none of cuda, mps and cpu'),
+        (['--start=FILE:truncated/train_state.pt'], 'truncated/train_state.pt is not UTF-8 text.'),
+        (['--seed=99999999999999999999'], 'seed=99999999999999999999 must be 0 or more'),
         (['--num_sample=1'], 'Did you mean num_samples?'),
     ],
 )
@@ -83,6 +86,13 @@ def test_bad_input_is_one_sentence(run, trained, tmp_path, args, message):
     (tmp_path / 'truncated' / 'model.safetensors').write_bytes(weights[:-100])
     result = run('sample.py', *args)
     assert result.code == 1 and message in result.err and result.err.count('\n') == 1
+
+
+@pytest.mark.parametrize('damage', ['{}', '', '[]', '{"step": 1}'])
+def test_a_damaged_checkpoint_is_named(run, trained, tmp_path, damage):
+    (tmp_path / 'out' / 'step_00000060' / 'meta.json').write_text(damage)
+    result = run('sample.py', '--start=a')
+    assert result.code == 1 and 'The checkpoint out/step_00000060 is damaged' in result.err
 
 
 def test_jsonl_gives_one_object_a_sample(run, trained):

@@ -212,12 +212,18 @@ def test_the_newest_checkpoints_and_the_best_stay(run, sheep, tmp_path, monkeypa
 
 def test_always_save_checkpoint_false_saves_only_improvements_and_the_end(run, sheep, tmp_path):
     flags = ['--max_iters=6', '--eval_interval=2', '--keep_last=9', '--always_save_checkpoint=False']
-    train(run, *flags, '--learning_rate=0.0', '--min_lr=0.0', '--weight_decay=0.0')
-    assert [path.name for path in (tmp_path / 'out').glob('step_*')] == ['step_00000006']
+    train(run, *flags, '--learning_rate=0.0', '--min_lr=0.0', '--weight_decay=0.0', out='never')
+    assert [path.name for path in (tmp_path / 'never').glob('step_*')] == ['step_00000006']
+    train(run, *flags, '--learning_rate=1e-2', out='always')
+    saved = sorted(path.name for path in (tmp_path / 'always').glob('step_*'))
+    assert saved == ['step_00000002', 'step_00000004', 'step_00000006']
 
 
 def test_the_written_config_repeats_the_run(run, sheep, tmp_path):
     train(run, '--max_iters=3', '--seed=5', '--weight_decay=0.3')
+    written = {line.split(' = ')[0] for line in (tmp_path / 'out' / 'config.py').read_text().splitlines()[2:]}
+    knobs = {line[4:].split('=')[0] for line in run('train.py', '--help').out.splitlines() if line.startswith('  --')}
+    assert written == knobs - {'init_from'}
     again = run('train.py', 'out/config.py', '--out_dir=again')
     assert again.code == 0, again.err
     paths = [tmp_path / out / 'step_00000003' / 'model.safetensors' for out in ('out', 'again')]
@@ -299,6 +305,158 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(run, sheep, tmp_path, 
     assert not (tmp_path / 'out').exists()
 
 
+def test_a_full_disk_leaves_the_checkpoints_before_and_training_goes_on(run, sheep, tmp_path, monkeypatch):
+    real, count = torch.save, []
+
+    def full(*args, **kwargs):
+        count.append(1)
+        if len(count) == 2:
+            raise RuntimeError('PytorchStreamWriter failed writing file: No space left on device')
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, 'save', full)
+    result = train(run, '--max_iters=6', '--eval_interval=2', '--keep_last=9')
+    assert 'NOT SAVED: out/step_00000004 could not be saved: PytorchStreamWriter failed' in result.out
+    left = sorted(path.name for path in (tmp_path / 'out').iterdir() if path.is_dir())
+    assert left == ['step_00000002', 'step_00000006'], 'and nothing half-written'
+    count.clear()
+    ended = train(run, '--max_iters=2', '--eval_interval=1', out='ended', code=1)
+    assert 'ended/step_00000002 could not be saved' in ended.err and 'before it are intact' in ended.err
+
+
+def test_a_save_that_was_killed_is_no_checkpoint_and_is_cleaned_up(run, sheep, tmp_path):
+    train(run, '--max_iters=2')
+    for name in ('.step_00000004.tmp', 'step_backup', 'step_00000001.good'):
+        shutil.copytree(tmp_path / 'out' / 'step_00000002', tmp_path / 'out' / name)
+    assert 'step 2' in train(run, '--max_iters=3', '--init_from=resume').out
+    left = sorted(path.name for path in (tmp_path / 'out').iterdir() if path.is_dir())
+    assert left == ['step_00000001.good', 'step_00000002', 'step_00000003', 'step_backup']
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(run, sheep, tmp_path):
+    flags = ['--max_iters=50', '--learning_rate=1e15', '--grad_clip=0.0', '--eval_interval=1']
+    result = train(run, *flags, code=1)
+    assert 'nan' in result.err and 'try a lower learning_rate' in result.err and result.err.count('\n') == 1
+    for path in (tmp_path / 'out').glob('step_*'):
+        assert all(tensor.isfinite().all() for tensor in GPT.from_pretrained(path).state_dict().values())
+    assert 'NaN' not in (tmp_path / 'out' / 'log.jsonl').read_text()
+
+
+def test_changed_knobs_are_listed_on_resume_and_take_effect(run, sheep, tmp_path):
+    train(run, '--max_iters=2', '--dropout=0.1')
+    flags = ['--max_iters=3', '--weight_decay=0.5', '--beta2=0.9', '--dropout=0.3', '--init_from=resume']
+    result = train(run, *flags)
+    for line in ('max_iters was 2, is now 3', 'weight_decay was 0.1, is now 0.5', 'dropout was 0.1, is now 0.3'):
+        assert line in result.out
+    assert [group['weight_decay'] for group in result.globals['optimizer'].param_groups] == [0.5, 0.0]
+    assert result.globals['optimizer'].param_groups[0]['betas'] == (0.9, 0.9)
+    assert {block.drop.p for block in result.globals['model'].blocks} == {0.3}
+
+
+def test_a_run_does_not_go_on_with_another_text(run, sheep, tmp_path):
+    train(run, '--max_iters=2')
+    (tmp_path / 'sheep.txt').write_text(TEXT[::-1])
+    assert run('prepare.py', '--input=sheep.txt', '--tokenizer=byte').code == 0
+    result = train(run, '--max_iters=3', '--init_from=resume', code=1)
+    assert 'data/sheep has changed since out/step_00000002' in result.err
+
+
+@pytest.mark.parametrize('file', ['train_state.pt', 'meta.json', 'model.safetensors', 'config.json'])
+@pytest.mark.parametrize('damage', [b'', b'hello', b'{}', None])
+def test_a_damaged_checkpoint_is_one_sentence(run, sheep, tmp_path, file, damage):
+    train(run, '--max_iters=2')
+    path = tmp_path / 'out' / 'step_00000002' / file
+    path.write_bytes(path.read_bytes()[:-20] if damage is None else damage)
+    result = train(run, '--max_iters=3', '--init_from=resume', code=1)
+    assert 'out/step_00000002' in result.err and result.err.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+    'damage',
+    [
+        {'dtype': 'foo'},
+        {'vocab_size': 10},
+        {'vocab_size': 'x'},
+        {'val': {}},
+        {'val': None},
+        {'train': {'tokens': 9801, 'bytes': 0}},
+        {'end_of_text': ...},
+        ...,
+    ],
+    ids=str,
+)
+def test_a_damaged_dataset_is_one_sentence(run, sheep, tmp_path, damage):
+    meta = json.loads((sheep / 'meta.json').read_text())
+    meta = [] if damage is ... else {k: v for k, v in (meta | damage).items() if v is not ...}
+    (sheep / 'meta.json').write_text(json.dumps(meta))
+    result = train(run, code=1)
+    assert 'data/sheep is damaged' in result.err and result.err.count('\n') == 1
+    assert not (tmp_path / 'out').exists()
+
+
+def test_an_id_outside_the_vocabulary_is_refused(run, sheep):
+    tokens = np.fromfile(sheep / 'train.bin', dtype=np.uint16)
+    tokens[-1] = 300
+    tokens.tofile(sheep / 'train.bin')
+    assert 'train.bin has the id 300, the vocabulary 257' in train(run, code=1).err
+
+
+def test_a_log_cut_anywhere_goes_on(run, sheep, tmp_path):
+    train(run, '--max_iters=4', '--log_interval=1', '--eval_interval=2')
+    shutil.rmtree(tmp_path / 'out' / 'step_00000004')
+    log = tmp_path / 'out' / 'log.jsonl'
+    log.write_bytes(log.read_bytes()[:-30] + b'\n\n{}\n5\n\xff\n{"step": 2')
+    train(run, '--max_iters=4', '--log_interval=1', '--eval_interval=2', '--init_from=resume')
+    assert list(losses(tmp_path / 'out', 'loss')) == [1, 2, 3, 4] and list(losses(tmp_path / 'out')) == [0, 2, 4]
+
+
+def test_bfloat16_is_used_where_asked_for(run, sheep, tmp_path):
+    for dtype in ('float32', 'bfloat16'):
+        train(run, '--max_iters=3', '--log_interval=1', f'--dtype={dtype}', out=dtype)
+    a, b = (list(losses(tmp_path / out, 'loss').values()) for out in ('float32', 'bfloat16'))
+    assert a != b and a == pytest.approx(b, abs=0.05)
+
+
+def test_dropout_is_in_attention_in_blocks_and_in_the_embedding():
+    from torch.nn import functional as F
+
+    from model import GPTConfig
+
+    model = GPT(GPTConfig(vocab_size=64, block_size=16, n_layer=1, n_head=2, n_embd=32, dropout=0.5))
+    idx, calls = torch.randint(0, 64, (2, 16)), []
+    attention = F.scaled_dot_product_attention
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, 'scaled_dot_product_attention', lambda *a, **k: calls.append(a[4]) or attention(*a, **k))
+        for module in (model.drop, model.blocks[0].drop):
+            module.register_forward_hook(lambda *_: calls.append('dropout'))
+        model(idx)
+        assert calls == ['dropout', 0.5, 'dropout', 'dropout']
+        calls.clear()
+        assert torch.equal(model.eval()(idx), model(idx)) and 0.0 in calls
+
+
+def test_the_printed_speed_is_tokens_over_seconds(run, sheep, tmp_path, monkeypatch):
+    import time
+
+    clock = iter(range(10**6))
+    monkeypatch.setattr(time, 'perf_counter', lambda: 2.0 * next(clock))  # each look at the clock is 2 s later
+    train(run, '--max_iters=4', '--log_interval=2', '--eval_interval=100', '--gradient_accumulation_steps=3')
+    assert losses(tmp_path / 'out', 'tokens_per_second')[4] == round(2 * 3 * 4 * 32 / 2)
+
+
+def test_a_second_signal_ends_the_process(run, sheep, monkeypatch):
+    seen = []
+
+    def step(*args, **kwargs):
+        if not seen:
+            signal.raise_signal(signal.SIGINT)
+        seen.append(signal.getsignal(signal.SIGINT))
+
+    monkeypatch.setattr(torch.optim.AdamW, 'step', step)
+    train(run, '--max_iters=3', code=130)
+    assert seen == [signal.SIG_DFL]
+
+
 def test_a_run_is_not_overwritten_and_not_resumed_as_something_else(run, sheep, tmp_path):
     train(run, '--max_iters=2')
     before = {path: path.read_bytes() for path in (tmp_path / 'out').rglob('*') if path.is_file()}
@@ -329,4 +487,4 @@ def test_a_dataset_that_does_not_match_its_meta_is_refused(run, sheep):
     with open(sheep / 'train.bin', 'ab') as file:
         file.write(b'\0\0')
     result = train(run, code=1)
-    assert 'prepare the dataset again' in result.err
+    assert 'data/sheep is damaged, make it again with: python prepare.py' in result.err
