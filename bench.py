@@ -4,6 +4,7 @@
     python bench.py sample --device=cuda --dtype=bfloat16 --ways=ours,compiled
 """
 
+import copy
 import resource
 import statistics
 import sys
@@ -37,10 +38,15 @@ def uncached(model, idx, n):
 def sample():
     """Tokens per second of generating 64 and 256 tokens greedily, with and without a cache, and in transformers."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(arch=arch, **PUBLISHED[size])).to(pick_device(device), getattr(torch, dtype)).eval()
-    idx = torch.randint(0, 50257, (1, prompt_tokens), device=model.wte.weight.device)
+    place = torch.device(pick_device(device))
+    model = GPT(GPTConfig(arch=arch, **PUBLISHED[size])).to(place, getattr(torch, dtype)).eval()
+    plain = copy.deepcopy(model) if 'uncached' in ways else None
+    theirs = in_transformers(model) if 'transformers' in ways else None
+    if place.type == 'cpu':  # as sample.py does
+        model.lay_out_for_sampling()
+    idx = torch.randint(0, 50257, (1, prompt_tokens), device=place)
     known = {
-        'uncached': lambda n: uncached(model, idx, n),
+        'uncached': lambda n: uncached(plain, idx, n),
         'ours': lambda n: torch.cat(list(model.generate(idx, n, temperature=0)), 1),
         'compiled': lambda n: torch.cat(list(model.generate(idx, n, compile=True, temperature=0)), 1),
         'transformers': lambda n: theirs.generate(idx, max_new_tokens=n, min_new_tokens=n, do_sample=False),
@@ -48,7 +54,6 @@ def sample():
     names = ways.split(',')
     if set(names) - set(known):
         raise ValueError(f"ways='{ways}' must be some of {', '.join(known)}, separated by commas.")
-    theirs = in_transformers(model) if 'transformers' in names else None
     rates = {(name, n): [] for name in names for n in (64, 256)}
     with torch.inference_mode():
         for name in names:
@@ -59,7 +64,7 @@ def sample():
             known[name](n)[0, -1].item()  # waits for the device
             found.append(n / (time.perf_counter() - start))
     table = {key: statistics.median(found) for key, found in rates.items()}
-    print(f'{size}, {arch}, {device}, {dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}')
+    print(f'{size}, {arch}, {place}, {dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}')
     print(f'{"tokens/s for":<16}{"64 tokens":>12}{"256 tokens":>12}')
     for name in names:
         print(f'{name:<16}{table[name, 64]:>12.1f}{table[name, 256]:>12.1f}')

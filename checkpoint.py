@@ -32,7 +32,7 @@ def save(out_dir, model, dataset, state, meta, keep_last):
     temporary = path.with_name(f'.{path.name}.tmp')
     try:
         temporary.mkdir(parents=True)
-        model.save_pretrained(temporary, end_of_text=dataset.meta['end_of_text'])
+        model.save_pretrained(temporary, end_of_text=dataset.end_of_text)
         for file in ('tokenizer.json', 'tokenizer_config.json'):
             shutil.copyfile(Path(dataset.folder) / file, temporary / file)
         torch.save(state, temporary / 'train_state.pt')

@@ -38,6 +38,7 @@ class Dataset:
                 self.meta = json.load(file)
             self.tokenizer = load(self.folder)
             self.vocab_size, self.end_of_text = int(self.meta['vocab_size']), self.meta['end_of_text']
+            self.kind = self.meta['tokenizer']
             self.train, self.val = self._tokens('train'), self._tokens('val')
             if self.tokenizer.n_vocab != self.vocab_size:
                 raise ValueError(f'the tokenizer has {self.tokenizer.n_vocab:,} tokens, meta.json {self.vocab_size:,}')

@@ -172,6 +172,8 @@ def main():
     model = GPT.from_pretrained(folder).to(place).eval()
     if dtype == 'bfloat16' or (dtype == 'auto' and torch.device(place).type == 'cuda'):
         model.bfloat16()
+    if torch.device(place).type == 'cpu':
+        model.lay_out_for_sampling()
     # GPT-2's folders may come without this file; its vocabulary is known
     known = model.config.vocab_size == 50257 and not os.path.exists(os.path.join(folder, 'tokenizer.json'))
     tokenizer = tokenizers.build('gpt2') if known else tokenizers.load(folder)

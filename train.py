@@ -138,11 +138,11 @@ with errors_in_one_sentence():
                 f"{data.vocab_size:,}: prepare the text with the model's, --tokenizer={init_from}"
             )
         config |= {name: getattr(model.config, name) for name in shape}
+config['init_from'] = meta['config']['init_from'] if init_from == 'resume' else init_from  # where the run began
 model.to(device)
 
-optimizer = torch.optim.AdamW(
-    model.parameter_groups(weight_decay), lr=learning_rate, betas=(beta1, beta2), fused=True
-)
+groups = model.parameter_groups(weight_decay)
+optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
 if init_from == 'resume':
     optimizer.load_state_dict(train_state['optimizer'])
     if scaler.is_enabled() and train_state['scaler']:  # it may have been trained in another dtype
@@ -199,7 +199,8 @@ def save():
     resume = {'state': state, 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict()}
     meta = {'format': 1, 'step': step, 'val_loss': val_loss, 'config': config, 'data': data.fingerprint()}
     try:
-        return f'saved {checkpoint.save(out_dir, model, data, resume, meta | {"torch": torch.__version__}, keep_last)}'
+        meta['torch'] = torch.__version__
+        return f'saved {checkpoint.save(out_dir, model, data, resume, meta, keep_last).name}'
     except OSError as error:
         if last or stopping:
             sys.exit(f'\n{error}. The checkpoints before it are intact.')
@@ -233,11 +234,11 @@ n_threads = f' ({torch.get_num_threads()} threads)' if device_type == 'cpu' else
 print(
     f'model   {config["arch"]}, {config["n_layer"]} layers, {config["n_head"]} heads, {config["n_embd"]} wide: '
     f'{model.count_parameters():,} parameters\n'
-    f'data    {data.folder}, {data.meta["tokenizer"]} vocabulary of {data.vocab_size:,}: '
-    f'{len(data.train):,} tokens, {len(data.val):,} for validation\n'
+    f'data    {data.folder}: {len(data.train):,} tokens, {len(data.val):,} to validate; '
+    f'{data.kind} {data.vocab_size:,}\n'
     f'device  {device}{n_threads}, {dtype}, {"compiled" if compile else "not compiled"}\n'
-    f'steps   {max_iters:,} of {batch_size} x {gradient_accumulation_steps} x {block_size} = {tokens_per_step:,} '
-    f'tokens: {max_iters * tokens_per_step:,} tokens, {max_iters * windows_per_step / n_windows:.2f} epochs'
+    f'steps   {max_iters:,}, each {batch_size} x {gradient_accumulation_steps} x {block_size} = {tokens_per_step:,} '
+    f'tokens: {max_iters * tokens_per_step:,}, {max_iters * windows_per_step / n_windows:.2f} epochs'
 )
 if init_from == 'resume':
     print(f'resume  {path}, step {state["step"]:,}')
@@ -261,7 +262,7 @@ if not eval_only:
         with open(os.path.join(out_dir, 'config.py'), 'w', encoding='utf-8') as file:
             file.write(f'# The knobs of this run, since step {state["step"]}. To go on: python train.py THIS_FILE\n')
             file.write('# --init_from=resume; to repeat it: python train.py THIS_FILE --out_dir=ANOTHER\n')
-            file.writelines(f'{k} = {v!r}\n' for k, v in config.items() if k != 'init_from')
+            file.writelines(f'{k} = {v!r}\n' for k, v in config.items())
 
 diverged = f'Checkpoints in {out_dir} are from before; try a lower learning_rate or a grad_clip.'
 stop = 0  # the signal that asked for an end
@@ -349,7 +350,8 @@ while True:
         seconds = train_seconds + time.perf_counter() - mark
         rate = (step - logged_step) * tokens_per_step / (seconds - logged_seconds)
         left = (max_iters - step) * (seconds - first_seconds) / (step - first_step)
-        log(step=step, loss=loss, lr=lr, grad_norm=grad_norm.item(), tokens_per_second=round(rate))
+        norm = grad_norm.item() if grad_norm.isfinite() else None  # float16 may overflow: the scaler skips that step
+        log(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=round(rate))
         speed = f'{rate:>8,.0f} tokens/s  {duration(left)} left'
         print(f'step {step:>6,}  loss {loss:.4f}  lr {lr:.2e}  {speed}', flush=True)
         logged_step, logged_seconds = step, seconds

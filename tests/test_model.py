@@ -101,6 +101,19 @@ def test_cached_generation_is_uncached_generation_beyond_the_window_too(shape, b
         assert torch.equal(generated, out[:, length:])
 
 
+@every_shape
+def test_laying_out_for_sampling_changes_no_value(tmp_path, shape):
+    model, other = small_model(**shape).eval(), small_model(**shape).eval()
+    other.lay_out_for_sampling()
+    assert not other.blocks[0].attn.proj.weight.is_contiguous()
+    for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    idx = torch.randint(0, model.config.vocab_size, (2, 48))
+    assert (model(idx).exp() - other(idx).exp()).abs().max() < 1e-5
+    other.save_pretrained(tmp_path)
+    assert torch.equal(GPT.from_pretrained(tmp_path).wte.weight, model.wte.weight)
+
+
 def test_greedy_generation_is_that_of_transformers(tmp_path):
     model = small_model(arch='qwen3').eval()
     model.save_pretrained(tmp_path)
