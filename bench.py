@@ -68,13 +68,16 @@ def sample():
     print(f'{"tokens/s for":<16}{"64 tokens":>12}{"256 tokens":>12}')
     for name in names:
         print(f'{name:<16}{table[name, 64]:>12.1f}{table[name, 256]:>12.1f}')
-    print(f'peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB')
+    unit = 2**30 if sys.platform == 'darwin' else 2**20  # bytes there, KiB elsewhere
+    print(f'peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.2f} GiB')
 
 
 def in_transformers(model):
     """The same model in transformers."""
-    from transformers import AutoModelForCausalLM
-
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise ValueError('transformers is not installed: leave it out, --ways=uncached,ours') from None
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return AutoModelForCausalLM.from_pretrained(folder, dtype=model.wte.weight.dtype).to(model.wte.weight.device)
@@ -90,4 +93,6 @@ if __name__ == '__main__':
     with errors_in_one_sentence():
         if size not in PUBLISHED or repeats < 1 or prompt_tokens < 1:
             raise ValueError(f'size must be one of {", ".join(PUBLISHED)}; repeats and prompt_tokens 1 or more.')
+        if dtype not in ('float32', 'bfloat16'):
+            raise ValueError(f"dtype='{dtype}' must be 'float32' or 'bfloat16'.")
         BENCHMARKS[_names[0]]()

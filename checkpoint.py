@@ -44,14 +44,19 @@ def save(out_dir, model, dataset, state, meta, keep_last):
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f'{path} could not be saved: {str(error).splitlines()[0]}') from None
     if path.exists():
-        shutil.rmtree(path)
+        remove(path)
     os.rename(temporary, path)
     flush(path.parent)
-    kept = {*checkpoints(out_dir)[-keep_last:], find(out_dir, 'best')}
-    for old in set(checkpoints(out_dir)) - kept:
-        gone = old.rename(old.with_name(f'.{old.name}.tmp'))  # at once, then at leisure
-        shutil.rmtree(gone)
+    with contextlib.suppress(OSError, ValueError):  # where an old one is damaged, none is removed
+        kept = {*checkpoints(out_dir)[-keep_last:], find(out_dir, 'best')}
+        for old in set(checkpoints(out_dir)) - kept:
+            remove(old)
     return path
+
+
+def remove(path):
+    """Take away a checkpoint's name at once, then its files at leisure."""
+    shutil.rmtree(path.rename(path.with_name(f'.{path.name}.old.tmp')))
 
 
 def flush(path):

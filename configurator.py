@@ -16,7 +16,6 @@ import ast
 import contextlib
 import difflib
 import os
-import re
 import sys
 import tokenize
 import traceback
@@ -37,7 +36,7 @@ def configure(script, args=None):
     Knobs are the lowercase names bound to an int, float, bool, str or None so far. One whose default is None says
     what else it takes in its annotation: `seed: int | None = None`. Returns the effective knobs as a dict.
     """
-    sys.excepthook = _without_traceback_of_ctrl_c
+    sys.excepthook = _explain
     kinds = (int, float, bool, str, types.NoneType)
     knobs = {k: v for k, v in script.items() if k[0] != '_' and k == k.lower() and type(v) in kinds}
     annotations = sys.modules[script['__name__']].__annotations__
@@ -74,19 +73,20 @@ def configure(script, args=None):
 
 @contextlib.contextmanager
 def errors_in_one_sentence():
-    """Turn the errors that bad input raises into one sentence and status 1: ValueError, OSError, too little memory."""
+    """Turn the errors that bad input raises into one sentence and status 1: ValueError, OSError."""
     try:
         yield
     except (ValueError, OSError) as error:
         sys.exit(str(error))
-    except (MemoryError, OverflowError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search('memory|overflow', str(error)):
-            raise
-        sys.exit(f'This needs more memory than there is: use smaller numbers. ({str(error).splitlines()[0][:100]})')
 
 
-def _without_traceback_of_ctrl_c(kind, error, trace):
-    if kind is not KeyboardInterrupt:
+def _explain(kind, error, trace):
+    """In place of a traceback: nothing after Ctrl-C, one sentence where memory ends; both can happen anywhere."""
+    too_large = kind in (MemoryError, OverflowError) or (kind is not ValueError and 'memory' in str(error))
+    if too_large and not issubclass(kind, OSError):
+        text = ' '.join(str(error).split())[:100]
+        print(f'This needs more memory than there is, use smaller numbers: {text}', file=sys.stderr)
+    elif kind is not KeyboardInterrupt:
         sys.__excepthook__(kind, error, trace)
 
 

@@ -3,7 +3,7 @@
     python sample.py --out_dir=out-shakespeare
     python sample.py --out_dir=out-shakespeare --start="ROMEO." --temperature=0.7 --top_p=0.9
     python sample.py --out_dir=out-shakespeare --start=FILE:prompt.txt --format=jsonl
-    python sample.py --init_from=gpt2 --start="The meaning of life is" --interactive
+    python sample.py --init_from=gpt2 --interactive
 """
 
 import codecs
@@ -98,7 +98,7 @@ def write(model, tokenizer, prompt, n, stream=None, **sampling):
         print(f'The prompt has {len(ids):,} tokens: {sees}.', file=sys.stderr)
     place = model.wte.weight.device
     generator = torch.Generator(place).manual_seed(seed)
-    samples = [Sample(tokenizer, stop.split('|') if stop else []) for _ in range(n)]
+    samples = [Sample(tokenizer, [text for text in (stop or '').split('|') if text]) for _ in range(n)]
     stream = stream or (lambda text: None)
     prompts = torch.tensor([ids] * n, device=place)
     for tokens in model.generate(prompts, max_new_tokens, generator, compile, **sampling):

@@ -133,7 +133,7 @@ def save(tokenizer, folder):
         'version': '1.0',
         'truncation': None,
         'padding': None,
-        'added_tokens': [] if eot is None else [{'id': eot, 'content': END_OF_TEXT} | special],
+        'added_tokens': [{'id': id, 'content': text} | special for text, id in tokenizer._special_tokens.items()],
         'normalizer': None,
         'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [split, {'type': 'ByteLevel'} | whole]},
         'post_processor': None,

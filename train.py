@@ -20,7 +20,7 @@ import torch
 import checkpoint
 from configurator import configure, errors_in_one_sentence, pick_device
 from data import IGNORE, Dataset, count_windows, training_order, windows
-from model import GPT, GPTConfig
+from model import GPT, PUBLISHED, GPTConfig
 
 # -----------------------------------------------------------------------------
 # run
@@ -81,8 +81,10 @@ problems += [f'{name}={config[name]} must be in [0, 1)' for name in ('beta1', 'b
 with errors_in_one_sentence():
     device = pick_device(device)
 device_type = torch.device(device).type
+if ':' in device and device_type == 'cuda':
+    torch.cuda.set_device(device)
 if dtype == 'auto':
-    dtype = 'float32' if device_type != 'cuda' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
+    dtype = 'float32' if device_type != 'cuda' else 'bfloat16' if torch.cuda.is_bf16_supported(False) else 'float16'
 if dtype not in ('float32', 'bfloat16', 'float16'):
     problems.append(f"dtype='{dtype}' must be 'float32', 'bfloat16' or 'float16'")
 if dtype == 'float16' and device_type != 'cuda':
@@ -99,7 +101,7 @@ scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 saved = checkpoint.checkpoints(out_dir)
 if init_from == 'auto':
     init_from = 'resume' if saved else 'scratch'
-if init_from != 'resume' and saved:
+if saved and init_from != 'resume' and not (eval_only and init_from != 'scratch'):
     sys.exit(f'{out_dir} holds a run: use it with --init_from=resume, choose another --out_dir, or delete it.')
 
 with errors_in_one_sentence():
@@ -110,15 +112,16 @@ with errors_in_one_sentence():
             f'block_size={block_size} and its target: prepare more text or choose a smaller block_size.'
         )
     shape = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'n_kv_head')
-    asked = GPTConfig(vocab_size=data.vocab_size, dropout=dropout, **{name: config[name] for name in shape})
+    knobs = {name: config[name] for name in shape}
     state = {'step': 0, 'windows': 0, 'train_seconds': 0.0, 'evaluated': -1, 'best_val_loss': math.inf, 'best_step': 0}
     if init_from == 'scratch':
         torch.manual_seed(seed)
-        model = GPT(asked)
+        model = GPT(GPTConfig(vocab_size=data.vocab_size, dropout=dropout, **knobs))
     elif init_from == 'resume':
         path = checkpoint.find(out_dir, 'last')
         model = GPT.from_pretrained(path, dropout=dropout)
-        other = [name for name in (*shape, 'vocab_size') if getattr(model.config, name) != getattr(asked, name)]
+        asked = GPTConfig(**knobs, head_dim=None if arch == 'gpt2' else model.config.head_dim)
+        other = [name for name in shape if getattr(model.config, name) != getattr(asked, name)]
         if other:
             raise ValueError(
                 f'{path} has {", ".join(f"{name}={getattr(model.config, name)!r}" for name in other)}, this command '
@@ -132,10 +135,12 @@ with errors_in_one_sentence():
         changed = [k for k in config if config[k] != meta['config'].get(k) and k not in now_only]
     else:  # fine-tune: the shape is the published model's, but for a shorter context
         model = GPT.from_pretrained(init_from, dropout=dropout, block_size=block_size)
-        if model.config.vocab_size != data.vocab_size:
+        # Published vocabularies are often rounded up a little.
+        if not 0.99 * model.config.vocab_size < data.vocab_size <= model.config.vocab_size:
+            theirs = 'gpt2' if init_from in PUBLISHED else init_from
             raise ValueError(
                 f'The model {init_from} has a vocabulary of {model.config.vocab_size:,} tokens, {data.folder} one of '
-                f"{data.vocab_size:,}: prepare the text with the model's, --tokenizer={init_from}"
+                f"{data.vocab_size:,}: prepare the text with the model's, --tokenizer={theirs}"
             )
         config |= {name: getattr(model.config, name) for name in shape}
 config['init_from'] = meta['config']['init_from'] if init_from == 'resume' else init_from  # where the run began
@@ -196,6 +201,8 @@ def evaluate():
 
 def save():
     """Save a checkpoint, and say so. If that fails training goes on, unless it is at its end."""
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        sys.exit(f'\nThe weights are not finite at step {step:,}: nothing is saved. {diverged}')
     resume = {'state': state, 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict()}
     meta = {'format': 1, 'step': step, 'val_loss': val_loss, 'config': config, 'data': data.fingerprint()}
     try:
@@ -208,8 +215,11 @@ def save():
 
 
 def log(**record):
-    with open(log_path, 'a', encoding='utf-8') as file:
-        file.write(json.dumps(record) + '\n')
+    try:
+        with open(log_path, 'a', encoding='utf-8') as file:
+            file.write(json.dumps(record) + '\n')
+    except OSError as error:  # a full disk is no reason to stop training
+        print(f'{log_path} could not be written: {error}')
 
 
 def duration(seconds):
@@ -272,7 +282,8 @@ def request_stop(signum, frame):
     """Let the step in progress finish, then save and exit. A second signal ends the process at once."""
     global stop
     stop = signum
-    signal.signal(signum, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 if not eval_only:

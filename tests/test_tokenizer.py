@@ -95,6 +95,17 @@ def test_gpt2s_published_tokenizer_file_opens(encodings, tmp_path):
         assert theirs.encode(text).ids == ids
 
 
+def test_other_special_tokens_are_kept(encodings, tmp_path):
+    tk.save(encodings['bpe'], tmp_path)
+    contents = json.loads((tmp_path / 'tokenizer.json').read_text())
+    contents['added_tokens'].append(contents['added_tokens'][0] | {'id': 405, 'content': '<|im_start|>'})
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(contents))
+    loaded = tk.load(tmp_path)
+    tk.save(loaded, tmp_path)
+    assert tk.load(tmp_path)._special_tokens == loaded._special_tokens == {'<|endoftext|>': 399, '<|im_start|>': 405}
+    assert tk.load(tmp_path).n_vocab == loaded.n_vocab == 406
+
+
 def test_gpt2_is_the_published_one(encodings):
     assert encodings['gpt2'].n_vocab == 50257
     assert list(tk.encode(encodings['gpt2'], 'Hello world')) == [15496, 995]

@@ -324,6 +324,46 @@ def test_a_full_disk_leaves_the_checkpoints_before_and_training_goes_on(run, she
     assert 'ended/step_00000002 could not be saved' in ended.err and 'before it are intact' in ended.err
 
 
+def test_a_log_that_cannot_be_written_does_not_end_the_run(run, sheep, tmp_path, monkeypatch):
+    import json as module
+
+    real = module.dumps
+
+    def full(record, **options):
+        if isinstance(record, dict) and record.get('step') == 2 and 'loss' in record:
+            raise OSError(28, 'No space left on device')
+        return real(record, **options)
+
+    monkeypatch.setattr(module, 'dumps', full)
+    result = train(run, '--max_iters=3', '--log_interval=1')
+    assert 'log.jsonl could not be written: [Errno 28]' in result.out
+    assert list(losses(tmp_path / 'out', 'loss')) == [1, 3]
+
+
+def test_a_damaged_old_checkpoint_does_not_end_the_run(run, sheep, tmp_path):
+    train(run, '--max_iters=3', '--eval_interval=1', '--keep_last=2')
+    (tmp_path / 'out' / 'step_00000002' / 'meta.json').write_text('')
+    train(run, '--max_iters=5', '--eval_interval=1', '--keep_last=2', '--init_from=resume')
+    assert (tmp_path / 'out' / 'step_00000005').exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(run, sheep, tmp_path, monkeypatch):
+    def step(optimizer, *args, **kwargs):
+        optimizer.param_groups[0]['params'][0].data.fill_(math.nan)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(torch.optim.AdamW, 'step', step)
+    result = train(run, '--max_iters=9', code=1)
+    assert 'The weights are not finite at step 1: nothing is saved.' in result.err
+    assert not list((tmp_path / 'out').glob('step_*'))
+
+
+def test_a_model_too_large_for_the_memory_is_one_sentence(sheep, tmp_path):
+    result = command('train.py', '--dataset=sheep', *TINY, '--n_embd=1000000000', cwd=tmp_path)
+    assert result.returncode == 1 and result.stderr.count('\n') == 1
+    assert 'This needs more memory than there is' in result.stderr
+
+
 def test_a_save_that_was_killed_is_no_checkpoint_and_is_cleaned_up(run, sheep, tmp_path):
     train(run, '--max_iters=2')
     for name in ('.step_00000004.tmp', 'step_backup', 'step_00000001.good'):
