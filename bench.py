@@ -23,7 +23,7 @@ prompt_tokens = 8  # length of the prompt
 repeats = 3  # each figure is the median of this many
 device = 'auto'  # 'cuda', 'mps', 'cpu'; 'auto' takes the first there is
 dtype = 'float32'  # 'float32' or 'bfloat16'
-ways = 'uncached,ours,transformers'  # what to measure, 'compiled' also; one alone shows its peak memory
+ways = 'uncached,ours,compiled,transformers'  # what to measure; one alone shows its peak memory
 # -----------------------------------------------------------------------------
 
 
@@ -40,7 +40,7 @@ def sample():
     torch.manual_seed(0)
     place = torch.device(pick_device(device))
     model = GPT(GPTConfig(arch=arch, **PUBLISHED[size])).to(place, getattr(torch, dtype)).eval()
-    plain = copy.deepcopy(model) if 'uncached' in ways else None
+    plain = copy.deepcopy(model) if 'uncached' in ways or 'compiled' in ways else None
     theirs = in_transformers(model) if 'transformers' in ways else None
     if place.type == 'cpu':  # as sample.py does
         model.lay_out_for_sampling()
@@ -48,7 +48,7 @@ def sample():
     known = {
         'uncached': lambda n: uncached(plain, idx, n),
         'ours': lambda n: torch.cat(list(model.generate(idx, n, temperature=0)), 1),
-        'compiled': lambda n: torch.cat(list(model.generate(idx, n, compile=True, temperature=0)), 1),
+        'compiled': lambda n: torch.cat(list(plain.generate(idx, n, compile=True, temperature=0)), 1),
         'transformers': lambda n: theirs.generate(idx, max_new_tokens=n, min_new_tokens=n, do_sample=False),
     }
     names = ways.split(',')

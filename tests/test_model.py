@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Model
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
-from model import GPT, IGNORE, PUBLISHED, GPTConfig, choose
+from model import GPT, IGNORE, PUBLISHED, GPTConfig, Linear, choose
 
 SMALL = {'vocab_size': 1000, 'block_size': 48, 'n_layer': 3, 'n_head': 4, 'n_embd': 64}
 SHAPES = [
@@ -122,10 +122,22 @@ def test_greedy_generation_is_that_of_transformers(tmp_path):
     assert torch.equal(torch.cat(list(model.generate(prompt, 30, temperature=0)), 1), theirs[:, 7:])
 
 
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('shape', [(1, 1, 48), (4, 48), (5, 1, 48)])
+def test_rows_summed_one_by_one_are_a_matrix_product(monkeypatch, shape, bias):
+    layer, x = Linear(48, 96, bias=bias), torch.randn(shape)
+    with torch.no_grad():
+        expected = layer(x)
+        monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
+        assert layer(x).shape == expected.shape and (layer(x) - expected).abs().max() < 1e-6
+
+
 @pytest.mark.slow  # the first compilation takes most of a minute
-def test_compiled_generation_is_eager_generation():
-    model = small_model().eval()
-    prompt = torch.randint(0, 1000, (2, 7))
+@pytest.mark.parametrize('batch_size', [1, 3])
+@every_shape
+def test_compiled_generation_is_eager_generation(batch_size, shape):
+    model = small_model(**shape).eval()
+    prompt = torch.randint(0, model.config.vocab_size, (batch_size, 7))
     eager, compiled = (list(model.generate(prompt, 20, temperature=0, compile=c)) for c in (False, True))
     assert torch.equal(torch.cat(eager, 1), torch.cat(compiled, 1))
 
