@@ -3,31 +3,35 @@
     config.json, model.safetensors    the model, as `transformers` opens it
     tokenizer.json, tokenizer_config.json
     train_state.pt                    optimizer, scaler and position; read with weights_only=True
-    meta.json                         step, losses, the run's knobs, versions
+    meta.json                         step, losses, the run's knobs, versions; size and checksum of the files above
 
 A checkpoint is written under a temporary name, flushed to disk and then renamed; what has no final name is not a
-checkpoint. The newest ones and the one with the lowest validation loss stay, the others go.
+checkpoint. The newest ones and the one with the lowest validation loss stay, the others go. A light copy,
+out_dir/weights_00002000/, is the same without train_state.pt, and stays.
 """
 
 import contextlib
+import hashlib
 import json
+import math
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
 
-def save(out_dir, model, dataset, state, meta, keep_last):
+def save(out_dir, model, dataset, meta, state=None, keep_last=1):
     """Write the checkpoint of meta['step'] and delete those no longer kept. Returns its path.
 
-    state: what only training needs, tensors and plain values. meta: what a person may want to read, JSON.
-    Raises OSError when it cannot be written; the checkpoints before it are then untouched.
+    meta: what a person may want to read, JSON. state: what only training needs, tensors and plain values; None makes
+    it a light copy. Raises OSError when it cannot be written; the checkpoints before it are then untouched.
     """
-    path = Path(out_dir) / f'step_{meta["step"]:08d}'
-    for left_behind in path.parent.glob('.step_*.tmp'):  # by a process that was killed
+    path = Path(out_dir) / f'{"weights" if state is None else "step"}_{meta["step"]:08d}'
+    for left_behind in path.parent.glob('.*_*.tmp'):  # by a process that was killed
         shutil.rmtree(left_behind)
     temporary = path.with_name(f'.{path.name}.tmp')
     try:
@@ -35,11 +39,12 @@ def save(out_dir, model, dataset, state, meta, keep_last):
         model.save_pretrained(temporary, end_of_text=dataset.end_of_text)
         for file in ('tokenizer.json', 'tokenizer_config.json'):
             shutil.copyfile(Path(dataset.folder) / file, temporary / file)
-        torch.save(state, temporary / 'train_state.pt')
-        (temporary / 'meta.json').write_text(json.dumps(meta, indent=1) + '\n')
-        for file in temporary.iterdir():
+        if state is not None:
+            torch.save(state, temporary / 'train_state.pt')
+        files = {file.name: checksum(file) for file in sorted(temporary.iterdir())}
+        (temporary / 'meta.json').write_text(json.dumps(meta | {'files': files}, indent=1) + '\n')
+        for file in (*temporary.iterdir(), temporary):
             flush(file)
-        flush(temporary)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f'{path} could not be saved: {str(error).splitlines()[0]}') from None
@@ -47,10 +52,12 @@ def save(out_dir, model, dataset, state, meta, keep_last):
         remove(path)
     os.rename(temporary, path)
     flush(path.parent)
-    with contextlib.suppress(OSError, ValueError):  # where an old one is damaged, none is removed
-        kept = {*checkpoints(out_dir)[-keep_last:], find(out_dir, 'best')}
-        for old in set(checkpoints(out_dir)) - kept:
-            remove(old)
+    if state is not None:
+        found = checkpoints(out_dir)
+        until_now = found[: found.index(path) + 1]  # those after it were damaged when the run resumed
+        for old in set(found) - {*until_now[-keep_last:], by_loss(until_now)[-1]}:
+            with contextlib.suppress(OSError):  # it is in the way of nothing
+                remove(old)
     return path
 
 
@@ -68,47 +75,72 @@ def flush(path):
         os.close(descriptor)
 
 
+def checksum(path):
+    """[bytes, SHA-256] of a file."""
+    with open(path, 'rb') as file:
+        return [os.path.getsize(path), hashlib.file_digest(file, 'sha256').hexdigest()]
+
+
 def checkpoints(out_dir):
     """The complete checkpoints of a run, oldest first."""
     found = [path for path in Path(out_dir).glob('step_*') if re.fullmatch(r'step_\d{8,}', path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix('step_')))
 
 
-def find(out_dir, which):
-    """The 'last' checkpoint of a run or the 'best', which is the last where none was evaluated.
+def by_loss(paths, damaged=math.inf):
+    """Checkpoints from the highest validation loss to the lowest. None is infinite, an unreadable one as given."""
 
-    Raises FileNotFoundError when there is none, ValueError when one is damaged.
+    def loss(path):
+        try:
+            val_loss = read_meta(path)['val_loss']
+        except ValueError:
+            return damaged
+        return math.inf if val_loss is None else val_loss
+
+    return sorted(paths, key=loss, reverse=True)
+
+
+def find(out_dir, which, training=False):
+    """The 'last' checkpoint of a run, or its 'best'. A damaged one is reported and the next taken instead.
+
+    training: whether train_state.pt is needed. Raises FileNotFoundError when there is none, ValueError when all are
+    damaged.
     """
     found = checkpoints(out_dir)
     if not found:
         raise FileNotFoundError(f'{out_dir} has no checkpoint. Train one with: python train.py --out_dir={out_dir}')
-    if which == 'last':
-        return found[-1]
-    losses = {path: read_meta(path)['val_loss'] for path in found}
-    return min((path for path in found if losses[path] is not None), key=losses.get, default=found[-1])
+    for path in reversed(found if which == 'last' else by_loss(found, damaged=-math.inf)):
+        try:
+            for name, expected in read_meta(path)['files'].items():
+                with damage_explained(path, name):
+                    if (training or name != 'train_state.pt') and checksum(path / name) != expected:
+                        raise ValueError('changed')
+            return path
+        except ValueError as error:
+            print(f'{error}: it is passed over.', file=sys.stderr)
+    raise ValueError(f'No checkpoint in {out_dir} can be used. To start anew, move that folder away.')
 
 
 def read_meta(path):
     """A checkpoint's meta.json. Raises ValueError when it is damaged."""
-    with _damage_explained(path):
+    with damage_explained(path, 'meta.json'):
         meta = json.loads((path / 'meta.json').read_text())
-        assert {'step', 'val_loss', 'config', 'data'} <= meta.keys()
-        return meta
+        meta['val_loss'] = None if meta['val_loss'] is None else float(meta['val_loss'])
+        meta['files'] = dict(meta['files'])
+        return {key: meta[key] for key in ('step', 'val_loss', 'config', 'data', 'files')}
 
 
 def load_state(path, device):
     """What save() was given as state. Raises ValueError when it is damaged; nothing in the file is executed."""
-    with _damage_explained(path):
+    with damage_explained(path, 'train_state.pt'):
         state = torch.load(path / 'train_state.pt', map_location=device, weights_only=True)
-        assert {'state', 'optimizer', 'scaler'} <= state.keys()
-        return state
+        return {key: state[key] for key in ('state', 'optimizer', 'scaler')}
 
 
 @contextlib.contextmanager
-def _damage_explained(path):
+def damage_explained(path, name):
     try:
         yield
     except Exception as error:  # whatever a damaged file makes its reader raise
-        raise ValueError(
-            f'The checkpoint {path} is damaged ({type(error).__name__}): delete it to use the one before.'
-        ) from None
+        reason = 'is missing' if isinstance(error, FileNotFoundError) else 'is not what was written'
+        raise ValueError(f'The checkpoint {path} is damaged: its {name} {reason} ({type(error).__name__})') from None

@@ -90,6 +90,13 @@ def _explain(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
 
 
+def check(knobs, low, high, names):
+    """Raises ValueError that lists those of the named knobs that are not from low to high; None is left alone."""
+    wrong = [name for name in names.split() if knobs[name] is not None and not low <= knobs[name] <= high]
+    if wrong:
+        raise ValueError(f'{", ".join(f"{k}={knobs[k]}" for k in wrong)}: must be from {low:,} to {high:,}.')
+
+
 def pick_device(name):
     """The device for a knob: 'auto' is CUDA, MPS or the CPU, the first there is. Raises ValueError for no device."""
     import torch

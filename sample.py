@@ -9,7 +9,6 @@
 import codecs
 import contextlib
 import json
-import math
 import os
 import sys
 import textwrap
@@ -18,7 +17,7 @@ import torch
 
 import checkpoint
 import tokenizer as tokenizers
-from configurator import configure, errors_in_one_sentence, pick_device
+from configurator import check, configure, errors_in_one_sentence, pick_device
 from model import GPT, find_pretrained
 
 # -----------------------------------------------------------------------------
@@ -44,7 +43,7 @@ seed = 1337  # the same seed gives the same samples
 format = 'text'  # 'text', written as it is made, or 'jsonl', one object a sample
 device = 'auto'  # 'cuda', 'mps', 'cpu'; 'auto' takes the first there is
 dtype = 'auto'  # 'float32' or 'bfloat16'; 'auto': bfloat16 on CUDA, else float32
-compile = False  # compile the step of one token: slow to start, then faster
+compile = False  # compile the step of one token: a minute at the start, then 1.3 to 3 times faster
 # -----------------------------------------------------------------------------
 
 
@@ -147,14 +146,12 @@ def answer(model, tokenizer, prompt):
 
 def main():
     configure(globals())
-    limits = {'seed': (0, 2**63 - 1), 'temperature': (0, math.inf), 'top_k': (1, math.inf), 'top_p': (1e-9, 1)}
-    limits |= {'min_p': (0, 1), 'repetition_penalty': (1e-9, math.inf)}
-    limits |= {'num_samples': (1, 10**6), 'max_new_tokens': (1, 10**9)}
-    for name, (low, high) in limits.items():
-        value = globals()[name]
-        if value is not None and not (low <= value <= high and value < math.inf):
-            above = 'more than 0' if low == 1e-9 else f'{low} or more'
-            raise ValueError(f'{name}={value} must be {above}{f", at most {high}" if high < math.inf else ""}.')
+    check(globals(), 0, 10**18, 'seed')
+    check(globals(), 0, 10**6, 'temperature')
+    check(globals(), 1, 10**9, 'num_samples max_new_tokens top_k')
+    check(globals(), 1e-9, 1, 'top_p')
+    check(globals(), 0, 1, 'min_p')
+    check(globals(), 1e-9, 10**9, 'repetition_penalty')
     for name, known in {'which': ('best', 'last'), 'format': ('text', 'jsonl')}.items():
         if globals()[name] not in known:
             raise ValueError(f"{name}='{globals()[name]}' must be '{known[0]}' or '{known[1]}'.")
@@ -172,7 +169,7 @@ def main():
     model = GPT.from_pretrained(folder).to(place).eval()
     if dtype == 'bfloat16' or (dtype == 'auto' and torch.device(place).type == 'cuda'):
         model.bfloat16()
-    if torch.device(place).type == 'cpu':
+    if torch.device(place).type == 'cpu' and not compile:
         model.lay_out_for_sampling()
     # GPT-2's folders may come without this file; its vocabulary is known
     known = model.config.vocab_size == 50257 and not os.path.exists(os.path.join(folder, 'tokenizer.json'))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import checkpoint
-from configurator import configure, errors_in_one_sentence, pick_device
+from configurator import check, configure, errors_in_one_sentence, pick_device
 from data import IGNORE, Dataset, count_windows, training_order, windows
 from model import GPT, PUBLISHED, GPTConfig
 
@@ -31,6 +31,9 @@ log_interval = 10  # steps between log lines
 eval_only = False  # evaluate once and exit
 always_save_checkpoint = True  # save after every evaluation; False: only when it is the best so far
 keep_last = 2  # checkpoints to keep, besides the best
+save_weights_interval: int | None = None  # steps between light copies, weights only, which all stay; None: none
+early_stopping_patience: int | None = None  # end after this many evaluations without a new best; None: never
+max_bad_steps = 20  # end after this many skipped steps in a row, whose loss or gradient was not finite
 seed = 1337  # all randomness is a function of it and the step
 # data
 dataset = 'shakespeare'  # data/NAME, made by prepare.py
@@ -66,31 +69,25 @@ config = configure(globals())
 lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
 min_lr = learning_rate / 10 if min_lr is None else min_lr
 
-at_least_one = 'batch_size gradient_accumulation_steps eval_interval log_interval keep_last block_size'.split()
-problems = [f'{k}={config[k]} must be at least 1, at most 1e9' for k in at_least_one if not 0 < config[k] <= 10**9]
-problems += [] if out_dir else ['out_dir is empty: name a folder']
-numbers = {'min_lr': min_lr, 'lr_decay_iters': lr_decay_iters}
-limit = 2**63 - 1
-numbers |= {name: config[name] for name in 'max_iters seed learning_rate weight_decay grad_clip warmup_iters'.split()}
-problems += [f'{k}={v} must be 0 or more, and finite' for k, v in numbers.items() if not 0 <= v < limit]
-problems += [f'{name}={config[name]} must be in [0, 1)' for name in ('beta1', 'beta2') if not 0 <= config[name] < 1]
+with errors_in_one_sentence():
+    check(config, 1, 10**9, 'batch_size gradient_accumulation_steps eval_interval log_interval keep_last block_size')
+    check(config, 1, 10**9, 'max_bad_steps save_weights_interval early_stopping_patience')
+    check(config, 0, 10**18, 'max_iters seed warmup_iters lr_decay_iters learning_rate min_lr weight_decay grad_clip')
+    check(config, 0, 1 - 1e-6, 'beta1 beta2')
+    if dtype not in ('auto', 'float32', 'bfloat16', 'float16'):
+        raise ValueError(f"dtype='{dtype}' must be 'float32', 'bfloat16' or 'float16'.")
+    if not out_dir:
+        raise ValueError('out_dir is empty: name a folder.')
+    device = pick_device(device)
 
 # -----------------------------------------------------------------------------
 # device and precision
 
-with errors_in_one_sentence():
-    device = pick_device(device)
 device_type = torch.device(device).type
 if ':' in device and device_type == 'cuda':
     torch.cuda.set_device(device)
 if dtype == 'auto':
     dtype = 'float32' if device_type != 'cuda' else 'bfloat16' if torch.cuda.is_bf16_supported(False) else 'float16'
-if dtype not in ('float32', 'bfloat16', 'float16'):
-    problems.append(f"dtype='{dtype}' must be 'float32', 'bfloat16' or 'float16'")
-if dtype == 'float16' and device_type != 'cuda':
-    problems.append("dtype='float16' needs device='cuda'; use bfloat16 or float32")
-if problems:
-    sys.exit(f'{"; ".join(problems)}.')
 torch.set_float32_matmul_precision('high')  # TF32 on CUDA
 autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
@@ -113,12 +110,13 @@ with errors_in_one_sentence():
         )
     shape = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'n_kv_head')
     knobs = {name: config[name] for name in shape}
-    state = {'step': 0, 'windows': 0, 'train_seconds': 0.0, 'evaluated': -1, 'best_val_loss': math.inf, 'best_step': 0}
+    state = {'step': 0, 'windows': 0, 'train_seconds': 0.0, 'bad_steps': 0, 'bad_in_a_row': 0}
+    state |= {'evaluated': -1, 'best_val_loss': math.inf, 'best_step': 0, 'evaluations_since_best': 0}
     if init_from == 'scratch':
         torch.manual_seed(seed)
         model = GPT(GPTConfig(vocab_size=data.vocab_size, dropout=dropout, **knobs))
     elif init_from == 'resume':
-        path = checkpoint.find(out_dir, 'last')
+        path = checkpoint.find(out_dir, 'last', training=True)
         model = GPT.from_pretrained(path, dropout=dropout)
         asked = GPTConfig(**knobs, head_dim=None if arch == 'gpt2' else model.config.head_dim)
         other = [name for name in shape if getattr(model.config, name) != getattr(asked, name)]
@@ -199,15 +197,15 @@ def evaluate():
     return torch.stack(sums).cpu().double().sum().item() / sum(counts)
 
 
-def save():
-    """Save a checkpoint, and say so. If that fails training goes on, unless it is at its end."""
+def save(light=False):
+    """Save a checkpoint, or a light copy, and say so. If that fails training goes on, unless it is at its end."""
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         sys.exit(f'\nThe weights are not finite at step {step:,}: nothing is saved. {diverged}')
     resume = {'state': state, 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict()}
     meta = {'format': 1, 'step': step, 'val_loss': val_loss, 'config': config, 'data': data.fingerprint()}
     try:
         meta['torch'] = torch.__version__
-        return f'saved {checkpoint.save(out_dir, model, data, resume, meta, keep_last).name}'
+        return f'saved {checkpoint.save(out_dir, model, data, meta, None if light else resume, keep_last).name}'
     except OSError as error:
         if last or stopping:
             sys.exit(f'\n{error}. The checkpoints before it are intact.')
@@ -219,7 +217,7 @@ def log(**record):
         with open(log_path, 'a', encoding='utf-8') as file:
             file.write(json.dumps(record) + '\n')
     except OSError as error:  # a full disk is no reason to stop training
-        print(f'{log_path} could not be written: {error}')
+        say(f'{log_path} could not be written: {error}')
 
 
 def duration(seconds):
@@ -233,6 +231,40 @@ def synchronize():
         getattr(torch, device_type).synchronize()
 
 
+def count_bad_steps():
+    """Learn from the device which steps it skipped; too many in a row end the run. Waits for the device."""
+    total, in_a_row, longest = (int(count) for count in bad.tolist())
+    if total > state['bad_steps']:
+        say(f'step {step:>6,}  {total - state["bad_steps"]} skipped: the loss or the gradient was not finite')
+    state.update(bad_steps=total, bad_in_a_row=in_a_row)
+    if longest >= max_bad_steps:
+        sys.exit(f'The loss or the gradient was not finite {longest} times in a row, until step {step:,}. {diverged}')
+
+
+def finished():
+    patience = early_stopping_patience or math.inf
+    return step >= max_iters or state['evaluations_since_best'] >= patience
+
+
+stop = 0  # the signal that asked for an end
+
+
+def request_stop(number, frame):
+    """Let the step in progress finish, then save and exit. A second Ctrl-C ends the process at once."""
+    global stop
+    stop = stop or number
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def say(text, end='\n'):
+    """Print at once. Where nobody reads any more, after `| head` or in a closed terminal, save and exit."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        request_stop(signal.SIGTERM, None)
+
+
 # -----------------------------------------------------------------------------
 # the run, in four lines
 
@@ -241,7 +273,7 @@ windows_per_step = batch_size * gradient_accumulation_steps
 tokens_per_step = windows_per_step * block_size
 tokens = len(data.train) - 1
 n_threads = f' ({torch.get_num_threads()} threads)' if device_type == 'cpu' else ''
-print(
+say(
     f'model   {config["arch"]}, {config["n_layer"]} layers, {config["n_head"]} heads, {config["n_embd"]} wide: '
     f'{model.count_parameters():,} parameters\n'
     f'data    {data.folder}: {len(data.train):,} tokens, {len(data.val):,} to validate; '
@@ -251,8 +283,8 @@ print(
     f'tokens: {max_iters * tokens_per_step:,}, {max_iters * windows_per_step / n_windows:.2f} epochs'
 )
 if init_from == 'resume':
-    print(f'resume  {path}, step {state["step"]:,}')
-    print(''.join(f'        {k} was {meta["config"].get(k)!r}, is now {config[k]!r}\n' for k in changed), end='')
+    say(f'resume  {path}, step {state["step"]:,}')
+    say(''.join(f'        {k} was {meta["config"].get(k)!r}, is now {config[k]!r}\n' for k in changed), end='')
 
 log_path = os.path.join(out_dir, 'log.jsonl')
 if not eval_only:
@@ -275,20 +307,11 @@ if not eval_only:
             file.writelines(f'{k} = {v!r}\n' for k, v in config.items())
 
 diverged = f'Checkpoints in {out_dir} are from before; try a lower learning_rate or a grad_clip.'
-stop = 0  # the signal that asked for an end
-
-
-def request_stop(signum, frame):
-    """Let the step in progress finish, then save and exit. A second signal ends the process at once."""
-    global stop
-    stop = signum
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 if not eval_only:
-    signal.signal(signal.SIGINT, request_stop)
-    signal.signal(signal.SIGTERM, request_stop)
+    for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):  # Windows has no SIGHUP, nohup ignores it
+        number = getattr(signal, name, signal.SIGTERM)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, request_stop)
 
 # -----------------------------------------------------------------------------
 # the loop
@@ -296,36 +319,43 @@ if not eval_only:
 model.train()
 step = first_step = logged_step = state['step']
 train_seconds = first_seconds = logged_seconds = state['train_seconds']  # without evaluating and saving
+bad = torch.tensor([state['bad_steps'], *[state['bad_in_a_row']] * 2], dtype=torch.float32, device=device)
 mark = time.perf_counter()
 while True:
     # Once more after the last update, so that it is evaluated and saved.
-    last, stopping = step >= max_iters, stop
+    last, stopping = finished(), stop
     due = (step % eval_interval == 0 or last) and state['evaluated'] != step
-    if due or stopping or eval_only:
+    light = save_weights_interval and step > first_step and step % save_weights_interval == 0
+    if due or light or stopping or eval_only:
         synchronize()
         train_seconds += time.perf_counter() - mark
         state['train_seconds'] = train_seconds
+        count_bad_steps()
         val_loss = None
         if due or eval_only:
             val_loss = evaluate()
             if not math.isfinite(val_loss):
                 sys.exit(f'The validation loss is {val_loss} at step {step:,}: nothing is saved. {diverged}')
             improved = val_loss < state['best_val_loss']
+            state |= {'evaluated': step, 'evaluations_since_best': state['evaluations_since_best'] + 1}
             if improved:
-                state |= {'best_val_loss': val_loss, 'best_step': step}
-            state['evaluated'] = step
+                state |= {'best_val_loss': val_loss, 'best_step': step, 'evaluations_since_best': 0}
+            last = finished()
             bits = val_loss / math.log(2) / data.bytes_per_token('val')
-            print(f'step {step:>6,}  validation loss {val_loss:.4f}, {bits:.3f} bits per byte', end='')
+            say(f'step {step:>6,}  validation loss {val_loss:.4f}, {bits:.3f} bits per byte', end='')
         if eval_only:
-            print()
+            say('')
             break
         if due:
             log(step=step, val_loss=val_loss, bits_per_byte=bits, train_seconds=round(train_seconds, 3))
+        if due and (last or stopping or (step > first_step and (improved or always_save_checkpoint))):
+            say(f', {save()}', end='')
+        if due:
+            say('')
         if stopping and step > first_step and not due:
-            print(f'step {step:>6,}  {signal.Signals(stopping).name}, {save()}', end='')
-        elif due and (last or stopping or (step > first_step and (improved or always_save_checkpoint))):
-            print(f', {save()}', end='')
-        print(flush=True)
+            say(f'step {step:>6,}  {signal.Signals(stopping).name}, {save()}')
+        if light:
+            say(f'step {step:>6,}  {save(light=True)}')
         mark = time.perf_counter()
     if last or stopping:
         break
@@ -347,7 +377,11 @@ while True:
         loss += micro_loss.detach()
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    scaler.step(optimizer)
+    # A step whose loss or gradient is not finite is skipped by the optimizer, on the device: nobody waits to know.
+    is_bad = 1 - (loss.isfinite() & grad_norm.isfinite()).float()
+    bad = torch.stack((bad[0] + is_bad, (bad[1] + 1) * is_bad, torch.maximum(bad[2], (bad[1] + 1) * is_bad)))
+    optimizer.found_inf = is_bad
+    optimizer.step()
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     step += 1
@@ -355,23 +389,24 @@ while True:
 
     # Everything below only tells.
     if step % log_interval == 0 or step == max_iters:
-        loss = loss.item()  # waits for the device
-        if not math.isfinite(loss):
-            sys.exit(f'The loss is {loss} at step {step:,}: stopping. {diverged}')
+        count_bad_steps()
+        loss, norm = loss.item(), grad_norm.item()
         seconds = train_seconds + time.perf_counter() - mark
         rate = (step - logged_step) * tokens_per_step / (seconds - logged_seconds)
         left = (max_iters - step) * (seconds - first_seconds) / (step - first_step)
-        norm = grad_norm.item() if grad_norm.isfinite() else None  # float16 may overflow: the scaler skips that step
-        log(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=round(rate))
+        finite = {'loss': loss if math.isfinite(loss) else None, 'grad_norm': norm if math.isfinite(norm) else None}
+        log(step=step, **finite, lr=lr, tokens_per_second=round(rate), bad_steps=state['bad_steps'])
         speed = f'{rate:>8,.0f} tokens/s  {duration(left)} left'
-        print(f'step {step:>6,}  loss {loss:.4f}  lr {lr:.2e}  {speed}', flush=True)
+        say(f'step {step:>6,}  loss {loss:.4f}  lr {lr:.2e}  {speed}')
         logged_step, logged_seconds = step, seconds
 
 if stopping and not last:
-    print(f'Go on with: python train.py {shlex.quote(out_dir + "/config.py")} --init_from=resume')
+    say(f'Go on with: python train.py {shlex.quote(out_dir + "/config.py")} --init_from=resume')
     sys.exit(128 + stopping)
 if not eval_only:
-    print(
+    if step < max_iters:
+        say(f'Stopped early: no better for {early_stopping_patience} evaluations (early_stopping_patience).')
+    say(
         f'{duration(train_seconds)} of training steps. Best validation loss {state["best_val_loss"]:.4f}, at step '
         f'{state["best_step"]:,}.\nSample from it with: python sample.py --out_dir={shlex.quote(out_dir)}'
     )

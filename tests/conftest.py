@@ -60,7 +60,7 @@ def run(tmp_path, monkeypatch):
 
     def run(script, *args):
         out, err, code, result = io.StringIO(), io.StringIO(), 0, {}
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         monkeypatch.setattr(sys, 'argv', [script, *args])
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:

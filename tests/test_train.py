@@ -73,7 +73,7 @@ def test_max_iters_updates_exactly_and_the_last_one_is_evaluated_and_saved(run, 
     assert same(dict(weights), dict(GPT.from_pretrained(saved).state_dict()))
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
 def test_resuming_is_as_if_it_never_stopped(run, sheep, tmp_path, dtype):
     flags = ['--max_iters=20', '--eval_interval=10', '--dropout=0.2', '--warmup_iters=5', '--log_interval=3']
     flags += ['--gradient_accumulation_steps=2', f'--dtype={dtype}']
@@ -199,8 +199,8 @@ def test_the_newest_checkpoints_and_the_best_stay(run, sheep, tmp_path, monkeypa
 
     real, fake = checkpoint.save, iter([5.0, 2.0, 4.0, 3.0, 3.5])
 
-    def save(out_dir, model, dataset, state, meta, keep_last):
-        return real(out_dir, model, dataset, state, meta | {'val_loss': next(fake)}, keep_last)
+    def save(out_dir, model, dataset, meta, state, keep_last):
+        return real(out_dir, model, dataset, meta | {'val_loss': next(fake)}, state, keep_last)
 
     monkeypatch.setattr(checkpoint, 'save', save)
     train(run, '--max_iters=5', '--eval_interval=1', '--keep_last=2')
@@ -281,11 +281,11 @@ def test_without_a_compiler_training_goes_on_and_says_so(run, sheep, monkeypatch
     [
         (['--learning_rat=1'], 'Did you mean learning_rate?'),
         (['--batch_size=x'], "batch_size takes int, not 'x'"),
-        (['--batch_size=0'], 'batch_size=0 must be at least 1'),
-        (['--seed=-1', '--max_iters=-1'], 'max_iters=-1 must be 0 or more, and finite; seed=-1 must'),
-        (['--learning_rate=1e999'], 'learning_rate=inf must be 0 or more, and finite'),
+        (['--batch_size=0'], 'batch_size=0: must be from 1 to 1,000,000,000.'),
+        (['--seed=-1', '--max_iters=-1'], 'max_iters=-1, seed=-1: must be from 0 to'),
+        (['--learning_rate=1e999'], 'learning_rate=inf: must be from 0 to'),
         (['--n_embd=33'], 'n_embd=33 must be a multiple of n_head=2'),
-        (['--beta1=1.0'], r'beta1=1.0 must be in [0, 1)'),
+        (['--beta1=1.0'], 'beta1=1.0: must be from 0 to 0.999999.'),
         (['--arch=rnn'], "arch='rnn' is not known"),
         (['--dataset=goats'], 'Make it with: python prepare.py --input=YOUR_TEXT --name=goats'),
         (['--dataset=shakespeare'], 'data/shakespeare has no train.bin. Make it with: python prepare.py\n'),
@@ -295,7 +295,7 @@ def test_without_a_compiler_training_goes_on_and_says_so(run, sheep, monkeypatch
         (['--device=tpu'], "device='tpu' cannot be used here"),
         (['--device=cuda:99'], "device='cuda:99' cannot be used here"),
         (['--dtype=float8'], "dtype='float8' must be"),
-        (['--dtype=float16'], "dtype='float16' needs device='cuda'"),
+        (['--early_stopping_patience=0'], 'early_stopping_patience=0: must be from 1'),
         (['missing.py'], 'There is no config file missing.py'),
     ],
 )
@@ -340,13 +340,6 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(run, sheep, tmp_path,
     assert list(losses(tmp_path / 'out', 'loss')) == [1, 3]
 
 
-def test_a_damaged_old_checkpoint_does_not_end_the_run(run, sheep, tmp_path):
-    train(run, '--max_iters=3', '--eval_interval=1', '--keep_last=2')
-    (tmp_path / 'out' / 'step_00000002' / 'meta.json').write_text('')
-    train(run, '--max_iters=5', '--eval_interval=1', '--keep_last=2', '--init_from=resume')
-    assert (tmp_path / 'out' / 'step_00000005').exists()
-
-
 def test_weights_that_are_not_finite_are_not_saved(run, sheep, tmp_path, monkeypatch):
     def step(optimizer, *args, **kwargs):
         optimizer.param_groups[0]['params'][0].data.fill_(math.nan)
@@ -373,15 +366,6 @@ def test_a_save_that_was_killed_is_no_checkpoint_and_is_cleaned_up(run, sheep, t
     assert left == ['step_00000001.good', 'step_00000002', 'step_00000003', 'step_backup']
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(run, sheep, tmp_path):
-    flags = ['--max_iters=50', '--learning_rate=1e15', '--grad_clip=0.0', '--eval_interval=1']
-    result = train(run, *flags, code=1)
-    assert 'nan' in result.err and 'try a lower learning_rate' in result.err and result.err.count('\n') == 1
-    for path in (tmp_path / 'out').glob('step_*'):
-        assert all(tensor.isfinite().all() for tensor in GPT.from_pretrained(path).state_dict().values())
-    assert 'NaN' not in (tmp_path / 'out' / 'log.jsonl').read_text()
-
-
 def test_changed_knobs_are_listed_on_resume_and_take_effect(run, sheep, tmp_path):
     train(run, '--max_iters=2', '--dropout=0.1')
     flags = ['--max_iters=3', '--weight_decay=0.5', '--beta2=0.9', '--dropout=0.3', '--init_from=resume']
@@ -399,16 +383,6 @@ def test_a_run_does_not_go_on_with_another_text(run, sheep, tmp_path):
     assert run('prepare.py', '--input=sheep.txt', '--tokenizer=byte').code == 0
     result = train(run, '--max_iters=3', '--init_from=resume', code=1)
     assert 'data/sheep has changed since out/step_00000002' in result.err
-
-
-@pytest.mark.parametrize('file', ['train_state.pt', 'meta.json', 'model.safetensors', 'config.json'])
-@pytest.mark.parametrize('damage', [b'', b'hello', b'{}', None])
-def test_a_damaged_checkpoint_is_one_sentence(run, sheep, tmp_path, file, damage):
-    train(run, '--max_iters=2')
-    path = tmp_path / 'out' / 'step_00000002' / file
-    path.write_bytes(path.read_bytes()[:-20] if damage is None else damage)
-    result = train(run, '--max_iters=3', '--init_from=resume', code=1)
-    assert 'out/step_00000002' in result.err and result.err.count('\n') == 1
 
 
 @pytest.mark.parametrize(
@@ -439,15 +413,6 @@ def test_an_id_outside_the_vocabulary_is_refused(run, sheep):
     tokens[-1] = 300
     tokens.tofile(sheep / 'train.bin')
     assert 'train.bin has the id 300, the vocabulary 257' in train(run, code=1).err
-
-
-def test_a_log_cut_anywhere_goes_on(run, sheep, tmp_path):
-    train(run, '--max_iters=4', '--log_interval=1', '--eval_interval=2')
-    shutil.rmtree(tmp_path / 'out' / 'step_00000004')
-    log = tmp_path / 'out' / 'log.jsonl'
-    log.write_bytes(log.read_bytes()[:-30] + b'\n\n{}\n5\n\xff\n{"step": 2')
-    train(run, '--max_iters=4', '--log_interval=1', '--eval_interval=2', '--init_from=resume')
-    assert list(losses(tmp_path / 'out', 'loss')) == [1, 2, 3, 4] and list(losses(tmp_path / 'out')) == [0, 2, 4]
 
 
 def test_bfloat16_is_used_where_asked_for(run, sheep, tmp_path):
