@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from configurator import configure, errors_in_one_sentence, pick_device
+from configurator import check, configure, errors_in_one_sentence, pick_device
 from model import GPT, PUBLISHED, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -91,8 +91,9 @@ if __name__ == '__main__':
         sys.exit(f'Say what to measure: python bench.py {"|".join(BENCHMARKS)}')
     configure(globals(), sys.argv[1:] if '-' in _names[0] else sys.argv[2:])
     with errors_in_one_sentence():
-        if size not in PUBLISHED or repeats < 1 or prompt_tokens < 1:
-            raise ValueError(f'size must be one of {", ".join(PUBLISHED)}; repeats and prompt_tokens 1 or more.')
+        check(globals(), 1, 1000, 'repeats prompt_tokens')
+        if size not in PUBLISHED:
+            raise ValueError(f"size='{size}' must be one of {', '.join(PUBLISHED)}.")
         if dtype not in ('float32', 'bfloat16'):
             raise ValueError(f"dtype='{dtype}' must be 'float32' or 'bfloat16'.")
         BENCHMARKS[_names[0]]()

@@ -111,6 +111,18 @@ def pick_device(name):
     return name
 
 
+def can_compile(device):
+    """Whether torch.compile works, tried on a small function: its tool chain is missed only when it is used."""
+    import torch
+
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+    except Exception as error:  # whatever the compiler's tool chain raises
+        print(f'No working compiler ({type(error).__name__}): running without torch.compile, which is slower.')
+        return False
+    return True
+
+
 def _types(annotation):
     return annotation.__args__ if isinstance(annotation, types.UnionType) else (annotation,)
 

@@ -55,8 +55,8 @@ class GPTConfig:
             raise ValueError(f"arch='{self.arch}' is not known. Choose one of: {', '.join(ARCHITECTURES)}.")
         for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'head_dim', 'n_hidden'):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f'{name}={value} must be at least 1.')
+            if value is not None and not 1 <= value <= 2**24:
+                raise ValueError(f'{name}={value} must be from 1 to {2**24:,}.')
         if self.head_dim is None and self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}.')
         if not 0 <= self.dropout < 1:

@@ -17,7 +17,7 @@ import torch
 
 import checkpoint
 import tokenizer as tokenizers
-from configurator import check, configure, errors_in_one_sentence, pick_device
+from configurator import can_compile, check, configure, errors_in_one_sentence, pick_device
 from model import GPT, find_pretrained
 
 # -----------------------------------------------------------------------------
@@ -169,6 +169,7 @@ def main():
     model = GPT.from_pretrained(folder).to(place).eval()
     if dtype == 'bfloat16' or (dtype == 'auto' and torch.device(place).type == 'cuda'):
         model.bfloat16()
+    globals()['compile'] = compile and can_compile(place)
     if torch.device(place).type == 'cpu' and not compile:
         model.lay_out_for_sampling()
     # GPT-2's folders may come without this file; its vocabulary is known

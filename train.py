@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import checkpoint
-from configurator import check, configure, errors_in_one_sentence, pick_device
+from configurator import can_compile, check, configure, errors_in_one_sentence, pick_device
 from data import IGNORE, Dataset, count_windows, training_order, windows
 from model import GPT, PUBLISHED, GPTConfig
 
@@ -155,13 +155,9 @@ if init_from == 'resume':
     del train_state
 
 compile = device_type == 'cuda' if compile is None else compile
+compile = compile and can_compile(device)
 if compile:
-    try:  # a small function first: whether there is a working compiler shows only when it is used
-        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
-        model.compile()
-    except Exception as error:  # whatever the compiler's tool chain raises
-        print(f'No working compiler ({type(error).__name__}): running without torch.compile, which is slower.')
-        compile = False
+    model.compile()
 
 # -----------------------------------------------------------------------------
 # what happens in the loop

@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -373,3 +374,36 @@ def test_killed_fifty_times_it_resumes_to_the_same_weights(sheep, tmp_path):
     times = dict.fromkeys(('tokens_per_second', 'train_seconds'))
     a, b = ([record | times for record in records(tmp_path / out)] for out in ('whole', 'killed'))
     assert a == b
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('size', ['demo', '124M'])
+def test_the_guards_cost_at_most_one_percent_of_a_step(size):
+    """What watching for bad steps adds: a few operations on single numbers, and found_inf for the optimizer."""
+    shape = {'n_layer': 4, 'n_head': 4, 'n_embd': 128, 'block_size': 128, 'vocab_size': 4096} if size == 'demo' else {}
+    rows, length, steps = (8, 128, 300) if size == 'demo' else (1, 256, 30)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    model = model_module.GPT(model_module.GPTConfig(**shape))
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.1), fused=True)
+    x, bad = torch.randint(0, 4096, (rows, length)), torch.zeros(3)
+    seconds = {True: [], False: [], 'guards': []}
+    chance = random.Random(0)
+    for _ in range(steps):
+        guarded, begin = chance.random() < 0.5, time.perf_counter()
+        loss = model(x, x)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        before = time.perf_counter()
+        if guarded:
+            is_bad = 1 - (loss.detach().isfinite() & norm.isfinite()).float()
+            bad = torch.stack((bad[0] + is_bad, (bad[1] + 1) * is_bad, torch.maximum(bad[2], (bad[1] + 1) * is_bad)))
+        optimizer.found_inf = is_bad if guarded else None
+        seconds['guards'] += [time.perf_counter() - before] if guarded else []
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds[guarded].append(time.perf_counter() - begin)
+    torch.set_num_threads(threads)
+    on, off, guards = (statistics.median(seconds[key][1:]) for key in (True, False, 'guards'))
+    print(f'\n{size}: {1e3 * off:.1f} ms a step without, {1e3 * on:.1f} with; the guards alone {1e6 * guards:.0f} us')
+    assert guards <= 0.01 * off

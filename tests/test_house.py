@@ -1,6 +1,7 @@
 """The house itself: its size, and who knows whom."""
 
 import ast
+import re
 
 from conftest import ROOT
 
@@ -33,3 +34,9 @@ def test_nothing_is_unpickled_but_weights():
         text = path.read_text()
         assert 'pickle' not in text and 'allow_pickle=True' not in text, path.name
         assert text.count('torch.load(') == text.count('weights_only=True)'), path.name
+
+
+def test_the_tests_that_the_readme_names_exist():
+    named = set(re.findall(r'`(test_\w+)`', (ROOT / 'README.md').read_text()))
+    there = {name for file in (ROOT / 'tests').glob('*.py') for name in re.findall(r'def (test_\w+)', file.read_text())}
+    assert len(named) > 10 and named <= there

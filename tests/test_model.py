@@ -356,8 +356,8 @@ def test_the_padding_of_the_vocabulary_is_never_sampled_and_never_trained():
     ('changes', 'message'),
     [
         ({'n_embd': 65}, 'n_embd=65 must be a multiple of n_head=4'),
-        ({'n_layer': 0}, 'n_layer=0 must be at least 1'),
-        ({'n_head': 0}, 'n_head=0 must be at least 1'),
+        ({'n_layer': 0}, 'n_layer=0 must be from 1 to 16,777,216'),
+        ({'n_head': 0}, 'n_head=0 must be from 1'),
         ({'dropout': 1.0}, r'dropout=1.0 must be at least 0 and below 1'),
         ({'arch': 'rnn'}, "arch='rnn' is not known. Choose one of: gpt2, qwen3, llama"),
         ({'arch': 'qwen3', 'n_kv_head': 3}, 'n_head=4 must be a multiple of n_kv_head=3'),

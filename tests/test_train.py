@@ -1,5 +1,6 @@
 import json
 import math
+import resource
 import shutil
 import signal
 
@@ -352,7 +353,11 @@ def test_weights_that_are_not_finite_are_not_saved(run, sheep, tmp_path, monkeyp
 
 
 def test_a_model_too_large_for_the_memory_is_one_sentence(sheep, tmp_path):
-    result = command('train.py', '--dataset=sheep', *TINY, '--n_embd=1000000000', cwd=tmp_path)
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (10 * 2**30, 10 * 2**30))
+
+    flags = ['--dataset=sheep', *TINY, '--n_embd=16000000']  # 20 GB in the embedding alone
+    result = command('train.py', *flags, cwd=tmp_path, preexec_fn=limit)
     assert result.returncode == 1 and result.stderr.count('\n') == 1
     assert 'This needs more memory than there is' in result.stderr
 
