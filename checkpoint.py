@@ -23,6 +23,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_locks = []
+
 
 def save(out_dir, model, dataset, meta, state=None, keep_last=1):
     """Write the checkpoint of meta['step'] and delete those no longer kept. Returns its path.
@@ -31,7 +38,7 @@ def save(out_dir, model, dataset, meta, state=None, keep_last=1):
     it a light copy. Raises OSError when it cannot be written; the checkpoints before it are then untouched.
     """
     path = Path(out_dir) / f'{"weights" if state is None else "step"}_{meta["step"]:08d}'
-    for left_behind in path.parent.glob('.*_*.tmp'):  # by a process that was killed
+    for left_behind in path.parent.glob('.[sw]*_*.tmp'):  # by a process that was killed
         shutil.rmtree(left_behind)
     temporary = path.with_name(f'.{path.name}.tmp')
     try:
@@ -48,26 +55,43 @@ def save(out_dir, model, dataset, meta, state=None, keep_last=1):
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f'{path} could not be saved: {str(error).splitlines()[0]}') from None
+    before = path.with_name(f'.{path.name}.old')
     if path.exists():
-        remove(path)
+        os.rename(path, before)
     os.rename(temporary, path)
     flush(path.parent)
+    shutil.rmtree(before, ignore_errors=True)
     if state is not None:
         found = checkpoints(out_dir)
-        until_now = found[: found.index(path) + 1]  # those after it were damaged when the run resumed
-        for old in set(found) - {*until_now[-keep_last:], by_loss(until_now)[-1]}:
+        for old in set(found) - {*found[-keep_last:], by_loss(found)[-1], path}:
             with contextlib.suppress(OSError):  # it is in the way of nothing
-                remove(old)
+                shutil.rmtree(old.rename(old.with_name(f'.{old.name}.tmp')))
     return path
 
 
-def remove(path):
-    """Take away a checkpoint's name at once, then its files at leisure."""
-    shutil.rmtree(path.rename(path.with_name(f'.{path.name}.old.tmp')))
+def own(out_dir):
+    """Make a folder this process's alone to write to, for as long as it lives. Raises ValueError if it is another's.
+
+    A checkpoint that was being replaced by another of the same step when the process was killed gets its name back.
+    """
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if fcntl is not None:
+        lock = open(out_dir / '.lock', 'w')  # noqa: SIM115  closing it would give the lock up
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f'Another run is writing to {out_dir}: wait for it, or use another --out_dir.') from None
+        _locks.append(lock)
+    for before in out_dir.glob('.[sw]*_*.old'):
+        path = before.with_name(before.name.removeprefix('.').removesuffix('.old'))
+        shutil.rmtree(before) if path.exists() else before.rename(path)
 
 
 def flush(path):
-    """Have a file's bytes, or a folder's entries, on the disk when this returns."""
+    """Have a file's bytes, or a folder's entries, on the disk when this returns. Windows has no such thing."""
+    if os.name == 'nt':
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -81,10 +105,10 @@ def checksum(path):
         return [os.path.getsize(path), hashlib.file_digest(file, 'sha256').hexdigest()]
 
 
-def checkpoints(out_dir):
-    """The complete checkpoints of a run, oldest first."""
-    found = [path for path in Path(out_dir).glob('step_*') if re.fullmatch(r'step_\d{8,}', path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix('step_')))
+def checkpoints(out_dir, kind='step'):
+    """The complete checkpoints of a run, or with kind='weights' its light copies; oldest first."""
+    found = [path for path in Path(out_dir).glob(f'{kind}_*') if re.fullmatch(rf'{kind}_\d{{8,}}', path.name)]
+    return sorted(found, key=lambda path: int(path.name.partition('_')[2]))
 
 
 def by_loss(paths, damaged=math.inf):
@@ -104,7 +128,7 @@ def find(out_dir, which, training=False):
     """The 'last' checkpoint of a run, or its 'best'. A damaged one is reported and the next taken instead.
 
     training: whether train_state.pt is needed. Raises FileNotFoundError when there is none, ValueError when all are
-    damaged.
+    damaged, OSError when one cannot be read.
     """
     found = checkpoints(out_dir)
     if not found:
@@ -121,19 +145,31 @@ def find(out_dir, which, training=False):
     raise ValueError(f'No checkpoint in {out_dir} can be used. To start anew, move that folder away.')
 
 
+def set_aside(path):
+    """Rename the damaged checkpoints after this one, step_* to damaged_step_*, so that nothing takes them for newer."""
+    found = checkpoints(path.parent)
+    for later in found[found.index(path) + 1 :]:
+        aside = later.with_name(f'damaged_{later.name}')
+        shutil.rmtree(aside, ignore_errors=True)
+        later.rename(aside)
+
+
 def read_meta(path):
     """A checkpoint's meta.json. Raises ValueError when it is damaged."""
     with damage_explained(path, 'meta.json'):
         meta = json.loads((path / 'meta.json').read_text())
-        meta['val_loss'] = None if meta['val_loss'] is None else float(meta['val_loss'])
-        meta['files'] = dict(meta['files'])
-        return {key: meta[key] for key in ('step', 'val_loss', 'config', 'data', 'files')}
+        files, loss = set(meta['files']), meta['val_loss']
+        if not {'config.json', 'model.safetensors', 'train_state.pt'} <= files or '/' in ''.join(files):
+            raise ValueError(f'the files cannot be {files}')
+        if meta['config']['init_from'] is None or not (loss is None or math.isfinite(loss)):
+            raise ValueError(f'the loss cannot be {loss}')
+        return meta
 
 
-def load_state(path, device):
+def load_state(path):
     """What save() was given as state. Raises ValueError when it is damaged; nothing in the file is executed."""
     with damage_explained(path, 'train_state.pt'):
-        state = torch.load(path / 'train_state.pt', map_location=device, weights_only=True)
+        state = torch.load(path / 'train_state.pt', map_location='cpu', weights_only=True)
         return {key: state[key] for key in ('state', 'optimizer', 'scaler')}
 
 
@@ -141,6 +177,10 @@ def load_state(path, device):
 def damage_explained(path, name):
     try:
         yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # whatever a damaged file makes its reader raise
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise
         reason = 'is missing' if isinstance(error, FileNotFoundError) else 'is not what was written'
         raise ValueError(f'The checkpoint {path} is damaged: its {name} {reason} ({type(error).__name__})') from None

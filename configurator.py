@@ -16,7 +16,9 @@ import ast
 import contextlib
 import difflib
 import os
+import re
 import sys
+import time
 import tokenize
 import traceback
 import types
@@ -28,6 +30,8 @@ NANOGPT_ONLY = {
     'wandb_project': 'every run is logged to log.jsonl in its out_dir',
     'wandb_run_name': 'every run is logged to log.jsonl in its out_dir',
 }
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+_LOST = re.compile(r'gloo|NCCL|Connection (closed|reset)|ProcessGroup', re.IGNORECASE)  # what torch says of a lost peer
 
 
 def configure(script, args=None):
@@ -52,10 +56,10 @@ def configure(script, args=None):
             name, equals, text = arg[2:].partition('=')
             bare = bool in accepted.get(name, ()) and not equals  # --compile is --compile=True
             if not equals and not bare and name in knobs:
-                sys.exit(f'--{name} needs a value: --{name}={knobs[name]}')
+                end(f'--{name} needs a value: --{name}={knobs[name]}')
             given = {name: True if bare else text}
         else:
-            sys.exit(f'{arg} is not understood: flags are written --name=value, config files by their path.')
+            end(f'{arg} is not understood: flags are written --name=value, config files by their path.')
         source = arg.partition('=')[0]
         for name, value in given.items():
             if name in NANOGPT_ONLY:
@@ -63,7 +67,7 @@ def configure(script, args=None):
             elif name not in knobs:
                 nearest = difflib.get_close_matches(name, knobs, n=1)
                 hint = f'Did you mean {nearest[0]}?' if nearest else '--help lists them all.'
-                sys.exit(f'{source}: there is no knob named {name}. {hint}')
+                end(f'{source}: there is no knob named {name}. {hint}')
             else:
                 from_text = arg.startswith('--') and isinstance(value, str)
                 knobs[name] = _checked(source, name, value, accepted[name], from_text)
@@ -71,21 +75,39 @@ def configure(script, args=None):
     return knobs
 
 
+def end(message):
+    """Exit with one sentence and status 1. Of several processes the first speaks; torchrun then ends the others."""
+    if int(os.environ.get('RANK', 0)):
+        time.sleep(5)
+    sys.exit(message)
+
+
 @contextlib.contextmanager
 def errors_in_one_sentence():
     """Turn the errors that bad input raises into one sentence and status 1: ValueError, OSError."""
     try:
         yield
+    except BrokenPipeError:
+        nobody_reads()
+        sys.exit(141)
     except (ValueError, OSError) as error:
-        sys.exit(str(error))
+        end(str(error))
+
+
+def nobody_reads():
+    """Let what is still printed go nowhere: the other end of the pipe is closed, as by `| head`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _explain(kind, error, trace):
     """In place of a traceback: nothing after Ctrl-C, one sentence where memory ends; both can happen anywhere."""
-    too_large = kind in (MemoryError, OverflowError) or (kind is not ValueError and 'memory' in str(error))
-    if too_large and not issubclass(kind, OSError):
+    if kind is BrokenPipeError:
+        nobody_reads()
+    elif kind in (MemoryError, OverflowError) or _NO_MEMORY.search(str(error)):
         text = ' '.join(str(error).split())[:100]
         print(f'This needs more memory than there is, use smaller numbers: {text}', file=sys.stderr)
+    elif kind is not KeyboardInterrupt and 'RANK' in os.environ and _LOST.search(str(error)):
+        end(f'Another process of this run has ended, its own message says why ({str(error).splitlines()[0][:100]}).')
     elif kind is not KeyboardInterrupt:
         sys.__excepthook__(kind, error, trace)
 
@@ -118,7 +140,8 @@ def can_compile(device):
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
     except Exception as error:  # whatever the compiler's tool chain raises
-        print(f'No working compiler ({type(error).__name__}): running without torch.compile, which is slower.')
+        why = type(error).__name__
+        print(f'No working compiler ({why}): running without torch.compile, which is slower.', file=sys.stderr)
         return False
     return True
 
@@ -133,16 +156,16 @@ def _run_config_file(path, knobs):
         with open(path, encoding='utf-8') as file:
             source = file.read()
     except FileNotFoundError:
-        sys.exit(f'There is no config file {path}. Flags are written --name=value.')
+        end(f'There is no config file {path}. Flags are written --name=value.')
     except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f'The config file {path} cannot be read: {error}')
+        end(f'The config file {path} cannot be read: {error}')
     after = dict(knobs) | {'__file__': path, '__name__': 'config'}
     try:
         exec(compile(source, path, 'exec'), after)
     except Exception as error:  # whatever the user's code raises
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = lines[-1] if lines else getattr(error, 'lineno', '?')
-        sys.exit(f'{path}, line {line}: {type(error).__name__}: {getattr(error, "msg", error)}')
+        end(f'{path}, line {line}: {type(error).__name__}: {getattr(error, "msg", error)}')
     return {
         name: value
         for name, value in after.items()
@@ -162,7 +185,7 @@ def _checked(source, name, value, kinds, from_text):
             value = float(value)
     if type(value) not in kinds:
         wanted = ' or '.join('None' if kind is types.NoneType else kind.__name__ for kind in kinds)
-        sys.exit(f'{source}: {name} takes {wanted}, not {value!r}.')
+        end(f'{source}: {name} takes {wanted}, not {value!r}.')
     return value
 
 

@@ -42,7 +42,7 @@ class Dataset:
             self.train, self.val = self._tokens('train'), self._tokens('val')
             if self.tokenizer.n_vocab != self.vocab_size:
                 raise ValueError(f'the tokenizer has {self.tokenizer.n_vocab:,} tokens, meta.json {self.vocab_size:,}')
-        except (KeyError, TypeError, ValueError, ZeroDivisionError, OSError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError, RecursionError, OSError) as error:
             what = str(error) if isinstance(error, ValueError | OSError) else f'meta.json: {error!r}'
             raise ValueError(f'{self.folder} is damaged, make it again with: {how} ({what})') from None
 
@@ -50,7 +50,7 @@ class Dataset:
         path = os.path.join(self.folder, f'{split}.bin')
         tokens = np.memmap(path, dtype=np.dtype(self.meta['dtype']).newbyteorder('<'), mode='r')
         expected = int(self.meta[split]['tokens'])
-        if len(tokens) != expected or self.bytes_per_token(split) <= 0:
+        if len(tokens) != expected or not 0 < self.bytes_per_token(split) < len(tokens) * 1e9:
             raise ValueError(f'{split}.bin has {len(tokens):,} tokens, meta.json says {expected:,}')
         highest = max(tokens[:1_000_000].max(), tokens[-1_000_000:].max())
         if highest >= self.vocab_size:

@@ -10,6 +10,7 @@ import codecs
 import contextlib
 import json
 import os
+import signal
 import sys
 import textwrap
 
@@ -43,7 +44,7 @@ seed = 1337  # the same seed gives the same samples
 format = 'text'  # 'text', written as it is made, or 'jsonl', one object a sample
 device = 'auto'  # 'cuda', 'mps', 'cpu'; 'auto' takes the first there is
 dtype = 'auto'  # 'float32' or 'bfloat16'; 'auto': bfloat16 on CUDA, else float32
-compile = False  # compile the step of one token: a minute at the start, then 1.3 to 3 times faster
+compile = False  # compile the step of one token: up to a minute at the start, then faster
 # -----------------------------------------------------------------------------
 
 
@@ -146,6 +147,7 @@ def answer(model, tokenizer, prompt):
 
 def main():
     configure(globals())
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # loading weights would take it for a damaged file
     check(globals(), 0, 10**18, 'seed')
     check(globals(), 0, 10**6, 'temperature')
     check(globals(), 1, 10**9, 'num_samples max_new_tokens top_k')
@@ -189,7 +191,4 @@ def main():
 
 if __name__ == '__main__':
     with errors_in_one_sentence():
-        try:
-            main()
-        except KeyboardInterrupt:
-            sys.exit(130)
+        main()

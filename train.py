@@ -3,24 +3,27 @@
     python train.py config/train_shakespeare.py                      # a config file sets the knobs
     python train.py config/train_shakespeare.py --batch_size=8       # flags override it
     python train.py config/train_shakespeare.py --init_from=resume   # go on from the last checkpoint
+    torchrun --nproc_per_node=4 train.py config/train_gpt2.py        # four processes, the same steps
 """
 
-import json
+import errno
 import math
 import os
 import shlex
 import signal
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 
 import checkpoint
-from configurator import can_compile, check, configure, errors_in_one_sentence, pick_device
+import parallel
+from configurator import can_compile, check, configure, end, errors_in_one_sentence, nobody_reads, pick_device
 from data import IGNORE, Dataset, count_windows, training_order, windows
 from model import GPT, PUBLISHED, GPTConfig
+from report import append, continue_log, duration, write_config
 
 # -----------------------------------------------------------------------------
 # run
@@ -38,7 +41,7 @@ seed = 1337  # all randomness is a function of it and the step
 # data
 dataset = 'shakespeare'  # data/NAME, made by prepare.py
 batch_size = 12  # sequences a micro-batch
-gradient_accumulation_steps = 1  # micro-batches a step
+gradient_accumulation_steps = 5 * 8  # micro-batches a step, divided over the processes
 block_size = 1024  # context, in tokens
 # model
 arch = 'gpt2'  # 'gpt2', 'qwen3' or 'llama', see model.py
@@ -62,10 +65,15 @@ lr_decay_iters: int | None = None  # steps of cosine decay; None: max_iters
 min_lr: float | None = None  # the lowest; None: learning_rate / 10
 # system
 device = 'auto'  # 'cuda', 'cuda:1', 'mps', 'cpu'; 'auto' takes the first there is
+backend: str | None = None  # under torchrun: 'nccl' or 'gloo'; None: the one for the device
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; 'auto': a 16-bit one on CUDA, else float32
 compile: bool | None = None  # with torch.compile; None: on CUDA only
+fsdp = False  # under torchrun: share parameters, gradients and optimizer out instead of copying them (FSDP2)
 # -----------------------------------------------------------------------------
+if parallel.rank:
+    sys.stdout = open(os.devnull, 'w')  # noqa: SIM115  one process speaks for all
 config = configure(globals())
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop; loading weights would take it for a damaged file
 lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
 min_lr = learning_rate / 10 if min_lr is None else min_lr
 
@@ -78,14 +86,12 @@ with errors_in_one_sentence():
         raise ValueError(f"dtype='{dtype}' must be 'float32', 'bfloat16' or 'float16'.")
     if not out_dir:
         raise ValueError('out_dir is empty: name a folder.')
-    device = pick_device(device)
+    device = parallel.join(pick_device(device), backend, gradient_accumulation_steps)
 
 # -----------------------------------------------------------------------------
 # device and precision
 
 device_type = torch.device(device).type
-if ':' in device and device_type == 'cuda':
-    torch.cuda.set_device(device)
 if dtype == 'auto':
     dtype = 'float32' if device_type != 'cuda' else 'bfloat16' if torch.cuda.is_bf16_supported(False) else 'float16'
 torch.set_float32_matmul_precision('high')  # TF32 on CUDA
@@ -95,11 +101,16 @@ scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 # -----------------------------------------------------------------------------
 # data, model, optimizer
 
+with errors_in_one_sentence():
+    if os.path.isdir(out_dir) and not (eval_only or parallel.rank):
+        checkpoint.own(out_dir)
+    parallel.agree(config)
 saved = checkpoint.checkpoints(out_dir)
 if init_from == 'auto':
     init_from = 'resume' if saved else 'scratch'
-if saved and init_from != 'resume' and not (eval_only and init_from != 'scratch'):
-    sys.exit(f'{out_dir} holds a run: use it with --init_from=resume, choose another --out_dir, or delete it.')
+held = saved or checkpoint.checkpoints(out_dir, 'weights')
+if held and init_from != 'resume' and not (eval_only and init_from != 'scratch'):
+    end(f'{out_dir} holds a run: use it with --init_from=resume, choose another --out_dir, or delete it.')
 
 with errors_in_one_sentence():
     data = Dataset(dataset)
@@ -125,7 +136,7 @@ with errors_in_one_sentence():
                 f'{path} has {", ".join(f"{name}={getattr(model.config, name)!r}" for name in other)}, this command '
                 f'asks for another model: resume with python train.py {out_dir}/config.py --init_from=resume'
             )
-        meta, train_state = checkpoint.read_meta(path), checkpoint.load_state(path, device)
+        meta, train_state = checkpoint.read_meta(path), checkpoint.load_state(path)
         if meta['data'] != data.fingerprint():
             raise ValueError(f'{data.folder} has changed since {path}: prepare the same again, or start a new run.')
         state = train_state['state']
@@ -141,17 +152,20 @@ with errors_in_one_sentence():
                 f"{data.vocab_size:,}: prepare the text with the model's, --tokenizer={theirs}"
             )
         config |= {name: getattr(model.config, name) for name in shape}
+    parallel.agree({'init_from': init_from, 'step': state['step'], 'dataset': data.fingerprint()})
+    if init_from == 'resume' and not (eval_only or parallel.rank):
+        checkpoint.set_aside(path)
 config['init_from'] = meta['config']['init_from'] if init_from == 'resume' else init_from  # where the run began
 model.to(device)
+with errors_in_one_sentence():
+    net = parallel.distribute(model, fsdp, dtype)
 
 groups = model.parameter_groups(weight_decay)
 optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
 if init_from == 'resume':
-    optimizer.load_state_dict(train_state['optimizer'])
+    parallel.restore(model, optimizer, train_state['optimizer'])
     if scaler.is_enabled() and train_state['scaler']:  # it may have been trained in another dtype
         scaler.load_state_dict(train_state['scaler'])
-    for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0), strict=True):
-        group.update(weight_decay=decay, betas=(beta1, beta2))  # as asked for now, not as saved
     del train_state
 
 compile = device_type == 'cuda' if compile is None else compile
@@ -183,43 +197,47 @@ def to_device(*tensors):
 def evaluate():
     """The mean loss, in nats, over every token of the validation split."""
     model.eval()
-    sums, counts = [], []
-    for start in range(0, count_windows(data.val, block_size), batch_size):
+    sums, counts = [torch.zeros((), device=device)], [0]
+    for start in range(0, count_windows(data.val, block_size), parallel.world * batch_size):
+        start += parallel.rank * batch_size  # past the end there is nothing to count
         x, y = windows(data.val, block_size, range(start, start + batch_size))
-        counts.append(int((y != IGNORE).sum()))
         with autocast:
-            sums.append(model(*to_device(x, y)) * counts[-1])
+            loss = model(*to_device(x, y))
+        if (y != IGNORE).any():
+            counts.append(int((y != IGNORE).sum()))
+            sums.append(loss * counts[-1])
     model.train()
-    return torch.stack(sums).cpu().double().sum().item() / sum(counts)
+    sums = torch.stack((torch.stack(sums).cpu().double().sum(), torch.tensor(sum(counts)).double()))
+    nats, count = parallel.total(sums).tolist()
+    return nats / count
 
 
 def save(light=False):
     """Save a checkpoint, or a light copy, and say so. If that fails training goes on, unless it is at its end."""
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        sys.exit(f'\nThe weights are not finite at step {step:,}: nothing is saved. {diverged}')
-    resume = {'state': state, 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict()}
+    whole, moments = parallel.gather(model, optimizer)
+    if parallel.rank:
+        return ''
+    if not all(parameter.isfinite().all() for parameter in whole.parameters()):
+        end(f'\nThe weights are not finite at step {step:,}: nothing is saved. {diverged}')
+    resume = {'state': state, 'optimizer': moments, 'scaler': scaler.state_dict()}
     meta = {'format': 1, 'step': step, 'val_loss': val_loss, 'config': config, 'data': data.fingerprint()}
     try:
+        checkpoint.flush(log_path)
         meta['torch'] = torch.__version__
-        return f'saved {checkpoint.save(out_dir, model, data, meta, None if light else resume, keep_last).name}'
+        return f'saved {checkpoint.save(out_dir, whole, data, meta, None if light else resume, keep_last).name}'
     except OSError as error:
         if last or stopping:
-            sys.exit(f'\n{error}. The checkpoints before it are intact.')
+            end(f'\n{error}. What was saved before is intact.')
         return f'NOT SAVED: {error}'
 
 
 def log(**record):
+    if parallel.rank:
+        return
     try:
-        with open(log_path, 'a', encoding='utf-8') as file:
-            file.write(json.dumps(record) + '\n')
+        append(log_path, record)
     except OSError as error:  # a full disk is no reason to stop training
         say(f'{log_path} could not be written: {error}')
-
-
-def duration(seconds):
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f'{hours}h{minutes:02}m' if hours else f'{minutes}m{seconds:02}s'
 
 
 def synchronize():
@@ -234,7 +252,7 @@ def count_bad_steps():
         say(f'step {step:>6,}  {total - state["bad_steps"]} skipped: the loss or the gradient was not finite')
     state.update(bad_steps=total, bad_in_a_row=in_a_row)
     if longest >= max_bad_steps:
-        sys.exit(f'The loss or the gradient was not finite {longest} times in a row, until step {step:,}. {diverged}')
+        end(f'The loss or the gradient was not finite {longest} times in a row, until step {step:,}. {diverged}')
 
 
 def finished():
@@ -242,23 +260,25 @@ def finished():
     return step >= max_iters or state['evaluations_since_best'] >= patience
 
 
-stop = 0  # the signal that asked for an end
+stop, asked = 0, 0.0  # the signal that asked for an end, and when
 
 
 def request_stop(number, frame):
     """Let the step in progress finish, then save and exit. A second Ctrl-C ends the process at once."""
-    global stop
-    stop = stop or number
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    global stop, asked
+    if stop == number == signal.SIGINT and time.monotonic() > asked + 1:  # launchers pass on what a terminal has sent
+        os._exit(130)
+    stop, asked = stop or number, asked or time.monotonic()
 
 
 def say(text, end='\n'):
     """Print at once. Where nobody reads any more, after `| head` or in a closed terminal, save and exit."""
     try:
         print(text, end=end, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        request_stop(signal.SIGTERM, None)
+    except OSError as error:
+        nobody_reads()
+        if error.errno in (errno.EPIPE, errno.EIO):  # not a full disk
+            request_stop(signal.SIGTERM, None)
 
 
 # -----------------------------------------------------------------------------
@@ -267,8 +287,8 @@ def say(text, end='\n'):
 n_windows = count_windows(data.train, block_size)
 windows_per_step = batch_size * gradient_accumulation_steps
 tokens_per_step = windows_per_step * block_size
-tokens = len(data.train) - 1
 n_threads = f' ({torch.get_num_threads()} threads)' if device_type == 'cpu' else ''
+n_threads += f' x {parallel.world} processes' if parallel.launched else ''
 say(
     f'model   {config["arch"]}, {config["n_layer"]} layers, {config["n_head"]} heads, {config["n_embd"]} wide: '
     f'{model.count_parameters():,} parameters\n'
@@ -283,26 +303,13 @@ if init_from == 'resume':
     say(''.join(f'        {k} was {meta["config"].get(k)!r}, is now {config[k]!r}\n' for k in changed), end='')
 
 log_path = os.path.join(out_dir, 'log.jsonl')
-if not eval_only:
+if not eval_only and not parallel.rank:
     with errors_in_one_sentence():
-        os.makedirs(out_dir, exist_ok=True)
-        # The log goes on from the checkpoint: what was written after it is about to happen again.
-        lines = []
-        if init_from == 'resume' and os.path.exists(log_path):
-            with open(log_path, encoding='utf-8', errors='replace') as file:
-                for line in file:
-                    with suppress(ValueError, TypeError, KeyError):  # a line that was cut short
-                        if json.loads(line)['step'] <= state['step'] and line[-1] == '\n':
-                            lines.append(line)
-        with open(log_path + '.tmp', 'w', encoding='utf-8') as file:
-            file.writelines(lines)
-        os.replace(log_path + '.tmp', log_path)
-        with open(os.path.join(out_dir, 'config.py'), 'w', encoding='utf-8') as file:
-            file.write(f'# The knobs of this run, since step {state["step"]}. To go on: python train.py THIS_FILE\n')
-            file.write('# --init_from=resume; to repeat it: python train.py THIS_FILE --out_dir=ANOTHER\n')
-            file.writelines(f'{k} = {v!r}\n' for k, v in config.items())
+        checkpoint.own(out_dir)
+        continue_log(log_path, *((state['step'], state['evaluated']) if init_from == 'resume' else (-1, -1)))
+        write_config(os.path.join(out_dir, 'config.py'), config, state['step'])
 
-diverged = f'Checkpoints in {out_dir} are from before; try a lower learning_rate or a grad_clip.'
+diverged = f'What {out_dir} holds is from before; try a lower learning_rate or a grad_clip.'
 if not eval_only:
     for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):  # Windows has no SIGHUP, nohup ignores it
         number = getattr(signal, name, signal.SIGTERM)
@@ -315,13 +322,13 @@ if not eval_only:
 model.train()
 step = first_step = logged_step = state['step']
 train_seconds = first_seconds = logged_seconds = state['train_seconds']  # without evaluating and saving
-bad = torch.tensor([state['bad_steps'], *[state['bad_in_a_row']] * 2], dtype=torch.float32, device=device)
+bad = torch.tensor([state['bad_steps'], state['bad_in_a_row'], 0], dtype=torch.float32, device=device)
 mark = time.perf_counter()
 while True:
     # Once more after the last update, so that it is evaluated and saved.
-    last, stopping = finished(), stop
+    last, stopping = finished(), parallel.agreed(stop)
     due = (step % eval_interval == 0 or last) and state['evaluated'] != step
-    light = save_weights_interval and step > first_step and step % save_weights_interval == 0
+    light = save_weights_interval and step and step % save_weights_interval == 0
     if due or light or stopping or eval_only:
         synchronize()
         train_seconds += time.perf_counter() - mark
@@ -331,7 +338,7 @@ while True:
         if due or eval_only:
             val_loss = evaluate()
             if not math.isfinite(val_loss):
-                sys.exit(f'The validation loss is {val_loss} at step {step:,}: nothing is saved. {diverged}')
+                end(f'The validation loss is {val_loss} at step {step:,}: nothing is saved. {diverged}')
             improved = val_loss < state['best_val_loss']
             state |= {'evaluated': step, 'evaluations_since_best': state['evaluations_since_best'] + 1}
             if improved:
@@ -344,7 +351,7 @@ while True:
             break
         if due:
             log(step=step, val_loss=val_loss, bits_per_byte=bits, train_seconds=round(train_seconds, 3))
-        if due and (last or stopping or (step > first_step and (improved or always_save_checkpoint))):
+        if due and (last or stopping or (step and (improved or always_save_checkpoint))):
             say(f', {save()}', end='')
         if due:
             say('')
@@ -360,23 +367,26 @@ while True:
     for group in optimizer.param_groups:
         group['lr'] = lr
     order = training_order(np.arange(state['windows'], state['windows'] + windows_per_step), n_windows, seed)
-    padding = n_windows * block_size - tokens  # in the last window of an epoch
+    padding = n_windows * block_size - (len(data.train) - 1)  # in the last window of an epoch
     targets = tokens_per_step - padding * int((order == n_windows - 1).sum())
     loss = torch.zeros((), device=device)
-    for micro_step, indices in enumerate(order.reshape(gradient_accumulation_steps, batch_size)):
-        x, y = windows(data.train, block_size, indices)
+    order = order.reshape(gradient_accumulation_steps, batch_size)
+    for micro_step in range(parallel.rank, gradient_accumulation_steps, parallel.world):
+        x, y = windows(data.train, block_size, order[micro_step])
         weight = int((y != IGNORE).sum()) / targets  # so that every token of the step counts alike
+        parallel.synchronize_gradients(net, micro_step + parallel.world >= gradient_accumulation_steps)
         torch.manual_seed(int(np.random.SeedSequence((seed, step, micro_step)).generate_state(1)[0]))
         with autocast:
-            micro_loss = model(*to_device(x, y)) * weight
-        scaler.scale(micro_loss).backward()
+            micro_loss = net(*to_device(x, y)) * weight
+        scaler.scale(micro_loss * parallel.world).backward()  # gradients are averaged over the processes
         loss += micro_loss.detach()
+    loss = parallel.total(loss)
     scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    grad_norm = parallel.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
     # A step whose loss or gradient is not finite is skipped by the optimizer, on the device: nobody waits to know.
     is_bad = 1 - (loss.isfinite() & grad_norm.isfinite()).float()
     bad = torch.stack((bad[0] + is_bad, (bad[1] + 1) * is_bad, torch.maximum(bad[2], (bad[1] + 1) * is_bad)))
-    optimizer.found_inf = is_bad
+    optimizer.found_inf = parallel.like(is_bad, model.wte.weight)
     optimizer.step()
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -398,6 +408,7 @@ while True:
 
 if stopping and not last:
     say(f'Go on with: python train.py {shlex.quote(out_dir + "/config.py")} --init_from=resume')
+    parallel.leave()
     sys.exit(128 + stopping)
 if not eval_only:
     if step < max_iters:
@@ -406,3 +417,4 @@ if not eval_only:
         f'{duration(train_seconds)} of training steps. Best validation loss {state["best_val_loss"]:.4f}, at step '
         f'{state["best_step"]:,}.\nSample from it with: python sample.py --out_dir={shlex.quote(out_dir)}'
     )
+parallel.leave()

@@ -15,6 +15,7 @@ block_size = 128
 bias = False
 
 batch_size = 8
+gradient_accumulation_steps = 1
 max_iters = 1300
 learning_rate = 3e-3  # small models like it high
 warmup_iters = 50

@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 # A small text with structure to learn, and a model of a few thousand parameters to learn it.
 TEXT = ''.join(f'{n} sheep jumped over the {n % 7} fences, and {n % 3} fell asleep.\n' for n in range(200))
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4', '--device=cpu']
+TINY += ['--gradient_accumulation_steps=1']
 
 
 class Result(NamedTuple):

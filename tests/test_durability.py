@@ -28,7 +28,7 @@ def weights(out, step):
 
 
 def optimizer_state(out, step):
-    return torch.load(out / f'step_{step:08d}' / 'train_state.pt', weights_only=True)['optimizer']['state']
+    return torch.load(out / f'step_{step:08d}' / 'train_state.pt', weights_only=True)['optimizer']
 
 
 def spoil_gradients(monkeypatch, steps):
@@ -246,6 +246,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(run, sheep, tm
     assert again.err.count('\n') == 2 and 'out/step_00000002, step 2' in again.out
     assert same(weights(tmp_path / 'out', 6), expected) and list(losses(tmp_path / 'out')) == [0, 2, 4, 6]
     assert len(checkpoint.checkpoints(tmp_path / 'out')) == 3
+    assert len(list((tmp_path / 'out').glob('damaged_step_*'))) == 2, 'the last word on them is the user’s'
 
 
 @pytest.mark.parametrize('how', ['--init_from=auto', '--init_from=resume'])
@@ -263,6 +264,94 @@ def test_a_damaged_checkpoint_after_the_last_good_one_is_not_kept_in_its_place(r
     train(run, '--max_iters=4', '--eval_interval=1', '--keep_last=1', '--init_from=resume')
     assert checkpoint.find(tmp_path / 'out', 'last', training=True).name == 'step_00000004'
     assert not (tmp_path / 'out' / 'step_00000006').exists()
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        {'config': None},
+        {'config': {}},
+        {'files': {}},
+        {'files': {'/etc/passwd': [1, 'x'], 'config.json': [], 'model.safetensors': [], 'train_state.pt': []}},
+        {'val_loss': math.nan},
+        {'val_loss': 'x'},
+        {'files': 5},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_whose_meta_makes_no_sense_is_passed_over(run, sheep, tmp_path, change):
+    train(run, '--max_iters=4', '--eval_interval=2')
+    path = tmp_path / 'out' / 'step_00000004' / 'meta.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    again = train(run, '--max_iters=4', '--init_from=resume')
+    assert 'out/step_00000004 is damaged: its meta.json' in again.err and 'out/step_00000002, step 2' in again.out
+
+
+def test_a_checkpoint_that_cannot_be_read_just_now_is_not_taken_for_damaged(run, sheep, tmp_path, monkeypatch):
+    def checksum(path):
+        raise OSError(5, 'Input/output error')
+
+    train(run, '--max_iters=4', '--eval_interval=2')
+    monkeypatch.setattr(checkpoint, 'checksum', checksum)
+    assert 'Input/output error' in train(run, '--max_iters=6', '--init_from=auto', code=1).err
+    assert [path.name[-1] for path in checkpoint.checkpoints(tmp_path / 'out')] == ['2', '4']
+
+
+def test_killed_while_a_checkpoint_is_replaced_by_its_like_the_old_one_is_found(run, sheep, tmp_path, monkeypatch):
+    train(run, '--max_iters=4', '--eval_interval=2')
+    expected = weights(tmp_path / 'out', 4)
+    path = tmp_path / 'out' / 'step_00000004'
+    path.rename(tmp_path / 'out' / '.step_00000004.old')  # as far as it had come
+    shutil.copytree(tmp_path / 'out' / '.step_00000004.old', tmp_path / 'out' / '.step_00000004.tmp')
+    assert 'out/step_00000004, step 4' in train(run, '--max_iters=6', '--init_from=auto').out
+    shutil.copytree(tmp_path / 'out' / 'step_00000004', tmp_path / 'out' / '.step_00000004.old')
+    train(run, '--max_iters=7', '--init_from=auto', '--keep_last=9')
+    assert same(weights(tmp_path / 'out', 4), expected) and not list((tmp_path / 'out').glob('.step*'))
+
+
+def test_two_runs_do_not_write_to_one_folder(sheep, tmp_path):
+    flags = ['--dataset=sheep', *TINY, '--max_iters=100000', '--eval_interval=100000', '--log_interval=1']
+    process = subprocess.Popen([sys.executable, str(ROOT / 'train.py'), *flags], cwd=tmp_path, stdout=subprocess.PIPE)
+    for line in process.stdout:
+        if b'loss' in line:
+            break
+    second = command('train.py', *flags, '--init_from=auto', cwd=tmp_path)
+    process.terminate()
+    process.communicate()
+    assert process.returncode == 143
+    assert second.returncode == 1 and second.stderr.startswith('Another run is writing to out')
+
+
+def test_light_copies_are_not_overwritten_by_another_run(run, sheep, tmp_path):
+    train(run, '--max_iters=4', '--save_weights_interval=2')
+    for path in checkpoint.checkpoints(tmp_path / 'out'):
+        shutil.rmtree(path)
+    for how in ('scratch', 'auto'):
+        assert 'out holds a run' in train(run, '--max_iters=4', f'--init_from={how}', code=1).err
+
+
+def test_what_is_evaluated_first_after_a_resume_is_saved_and_logged_once(run, sheep, tmp_path, monkeypatch):
+    fake_losses(monkeypatch, [5.0, 4.0])
+    train(run, '--eval_interval=4', '--max_iters=4', '--batch_size=100')
+    fake_losses(monkeypatch, [1.0, 3.0])
+    path = tmp_path / 'out' / 'step_00000004'
+    state = torch.load(path / 'train_state.pt', weights_only=True)
+    state['state']['evaluated'] = 0  # as if a signal had come just before that evaluation
+    torch.save(state, path / 'train_state.pt')
+    meta = json.loads((path / 'meta.json').read_text())
+    meta['files']['train_state.pt'] = checkpoint.checksum(path / 'train_state.pt')
+    (path / 'meta.json').write_text(json.dumps(meta | {'val_loss': None}))
+    train(run, '--eval_interval=4', '--max_iters=8', '--batch_size=100', '--keep_last=1', '--init_from=resume')
+    assert [record['step'] for record in records(tmp_path / 'out') if 'val_loss' in record] == [0, 4, 8]
+    assert checkpoint.find(tmp_path / 'out', 'best').name == 'step_00000004'
+
+
+def test_output_to_a_full_disk_does_not_end_the_run(sheep, tmp_path):
+    with open('/dev/full', 'w') as full:
+        line = [sys.executable, str(ROOT / 'train.py'), '--dataset=sheep', *TINY, '--max_iters=3']
+        result = subprocess.run(line, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert result.returncode == 0 and result.stderr == b''
+    assert checkpoint.checkpoints(tmp_path / 'out')[-1].name == 'step_00000003'
 
 
 class Bomb:
@@ -295,7 +384,7 @@ def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_is_intact(sheep, 
     result = command('train.py', *flags, '--max_iters=6', '--init_from=auto', cwd=tmp_path, preexec_fn=limit)
     assert result.returncode == 1 and result.stderr.count('\n') == 2  # one is empty
     assert 'step 4' in result.stdout.replace(' ' * 6, ' ') and 'NOT SAVED: o/step_00000004' in result.stdout
-    assert 'o/step_00000006 could not be saved' in result.stderr and 'are intact' in result.stderr
+    assert 'o/step_00000006 could not be saved' in result.stderr and 'What was saved before is intact' in result.stderr
     assert {path.name: path.read_bytes() for path in (tmp_path / 'o' / 'step_00000002').iterdir()} == before
     assert sorted(path.name for path in (tmp_path / 'o').iterdir() if path.is_dir()) == ['step_00000002']
     assert command('train.py', *flags, '--max_iters=6', '--init_from=auto', cwd=tmp_path).returncode == 0

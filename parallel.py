@@ -1,0 +1,159 @@
+"""Several processes that train one model: how they meet, and what they tell one another.
+
+torchrun starts them and sets RANK, LOCAL_RANK, WORLD_SIZE and where they meet. Without it there is one process, and
+everything here does nothing. Tensors on the CPU go through gloo, those on CUDA through NCCL.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+launched = 'RANK' in os.environ
+
+
+def join(device, backend, gradient_accumulation_steps):
+    """Meet the other processes. Returns the device of this one. Raises ValueError where that cannot be."""
+    kind = torch.device(device).type
+    if not launched:
+        if kind == 'cuda':
+            torch.cuda.set_device(device)
+        return device
+    if gradient_accumulation_steps % world:
+        below = gradient_accumulation_steps // world * world
+        nearest = f'{below} or {below + world}' if below else world
+        raise ValueError(
+            f'gradient_accumulation_steps={gradient_accumulation_steps} micro-batches cannot be divided over {world} '
+            f'processes: use {nearest}.'
+        )
+    if kind == 'mps':
+        raise ValueError("device='mps' is for one process only: use --device=cpu with torchrun.")
+    if backend not in (None, 'nccl', 'gloo'):
+        raise ValueError(f"backend='{backend}' must be 'nccl' or 'gloo'.")
+    if backend == 'nccl' and kind != 'cuda':
+        raise ValueError(f"backend='nccl' needs CUDA, and the device is {kind}: use --backend=gloo.")
+    if kind == 'cuda':
+        local, there = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
+        if local >= there:
+            raise ValueError(f'There are more processes on this machine than its {there} GPUs: lower --nproc_per_node.')
+        device = f'cuda:{local}'
+        torch.cuda.set_device(local)
+    try:
+        dist.init_process_group(f'cpu:gloo,cuda:{backend or "nccl"}' if kind == 'cuda' else 'gloo')
+    except (RuntimeError, ValueError) as error:  # torch.distributed's own errors are RuntimeErrors
+        raise ValueError(f'The processes could not meet: {str(error).splitlines()[0]}') from None
+    return device
+
+
+def leave():
+    """Part from the other processes, once all have come this far: what one has under way may need the others."""
+    if launched:
+        if _asked is not None:
+            _asked[0].wait()
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def total(tensor):
+    """The sum of a tensor over all processes, in place."""
+    if world > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def agree(values):
+    """Raises ValueError unless every process has the same {name: value}."""
+    if world == 1:
+        return
+    everyone = [None] * world
+    dist.all_gather_object(everyone, values)
+    for name in values:
+        for other, theirs in enumerate(everyone):
+            if theirs.get(name) != everyone[0].get(name):
+                raise ValueError(
+                    f'The processes must be started alike: {name} is {everyone[0].get(name)!r} on rank 0 and '
+                    f'{theirs.get(name)!r} on rank {other}.'
+                )
+
+
+_asked = None
+
+
+def agreed(number):
+    """The highest number that any process gave in its previous call, the same for all; nobody waits for an answer."""
+    global _asked
+    if world == 1:
+        return number
+    answer = 0
+    if _asked is not None:
+        _asked[0].wait()
+        answer = int(_asked[1])
+    numbers = torch.tensor(number)
+    _asked = dist.all_reduce(numbers, dist.ReduceOp.MAX, async_op=True), numbers
+    return answer
+
+
+def distribute(model, fsdp, dtype):
+    """The model as every process trains it: in DDP, or in place sharded, block by block (FSDP2)."""
+    if fsdp and (not launched or dtype == 'float16'):
+        raise ValueError('fsdp=True is for torchrun, and for float32 or bfloat16.')
+    if not launched:
+        return model
+    if not fsdp:
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    mesh = init_device_mesh(model.wte.weight.device.type, (world,))
+    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def synchronize_gradients(net, on):
+    """Whether the next backward pass averages the gradients over the processes."""
+    if isinstance(net, DistributedDataParallel):
+        net.require_backward_grad_sync = on
+    elif launched:
+        net.set_requires_gradient_sync(on)
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(number, parameter):
+    """A number that is the same in every process, as an optimizer of such parameters takes it."""
+    sharded = isinstance(parameter, DTensor)
+    return DTensor.from_local(number, parameter.device_mesh, [Replicate()]) if sharded else number
+
+
+def gather(model, optimizer):
+    """(the model in one piece, None but on rank 0; {parameter's name: its optimizer state}, on the CPU)."""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()  # evaluating leaves the outermost parameters whole
+    state = {
+        name: {key: whole(value).cpu() for key, value in optimizer.state[parameter].items()}
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+    }
+    if isinstance(model, FSDPModule):
+        weights = {name: whole(tensor).cpu() for name, tensor in model.state_dict().items()}
+        model = None if rank else type(model)(model.config)
+        if model is not None:
+            model.load_state_dict(weights)
+    return model, state
+
+
+def restore(model, optimizer, state):
+    """Give an optimizer the state that gather() returned, however many processes shared it then."""
+    for name, parameter in model.named_parameters():
+        for key, value in state.get(name, {}).items():
+            value = value.to(parameter.device)
+            if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+            optimizer.state[parameter][key] = value
