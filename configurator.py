@@ -107,7 +107,8 @@ def _explain(kind, error, trace):
         text = ' '.join(str(error).split())[:100]
         print(f'This needs more memory than there is, use smaller numbers: {text}', file=sys.stderr)
     elif kind is not KeyboardInterrupt and 'RANK' in os.environ and _LOST.search(str(error)):
-        end(f'Another process of this run has ended, its own message says why ({str(error).splitlines()[0][:100]}).')
+        if os.environ['RANK'] == '0':  # one is enough
+            print(f'Another process has ended, see why above: {str(error).splitlines()[0][:100]}', file=sys.stderr)
     elif kind is not KeyboardInterrupt:
         sys.__excepthook__(kind, error, trace)
 

@@ -73,7 +73,8 @@ fsdp = False  # under torchrun: share parameters, gradients and optimizer out in
 if parallel.rank:
     sys.stdout = open(os.devnull, 'w')  # noqa: SIM115  one process speaks for all
 config = configure(globals())
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop; loading weights would take it for a damaged file
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop; loading weights would take it for a damaged file
 lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
 min_lr = learning_rate / 10 if min_lr is None else min_lr
 
@@ -351,10 +352,8 @@ while True:
             break
         if due:
             log(step=step, val_loss=val_loss, bits_per_byte=bits, train_seconds=round(train_seconds, 3))
-        if due and (last or stopping or (step and (improved or always_save_checkpoint))):
-            say(f', {save()}', end='')
-        if due:
-            say('')
+            worthy = last or stopping or (step and (improved or always_save_checkpoint))
+            say(f', {save()}' if worthy else '')
         if stopping and step > first_step and not due:
             say(f'step {step:>6,}  {signal.Signals(stopping).name}, {save()}')
         if light:
