@@ -21,7 +21,7 @@ def join(device, backend, gradient_accumulation_steps):
     """Meet the other processes. Returns the device of this one. Raises ValueError where that cannot be."""
     kind = torch.device(device).type
     if not launched:
-        if kind == 'cuda':
+        if torch.device(device).index is not None:  # 'cuda:1'; plain 'cuda' is the current one
             torch.cuda.set_device(device)
         return device
     if gradient_accumulation_steps % world:

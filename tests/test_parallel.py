@@ -12,8 +12,10 @@ import torch
 from conftest import ROOT, TINY, command
 from safetensors.torch import load
 from test_train import losses, records, same
+from torch.cuda._utils import _get_device_index
 
 import checkpoint
+import parallel
 
 FLAGS = ['--dataset=sheep', *TINY, '--batch_size=2', '--gradient_accumulation_steps=4', '--log_interval=5']
 FLAGS += ['--eval_interval=25', '--learning_rate=1e-3', '--dropout=0.0']
@@ -163,6 +165,13 @@ def test_bad_input_is_said_once(sheep, tmp_path, args, message):
     result = torchrun(2, *FLAGS, *args, '--max_iters=1', cwd=tmp_path)
     assert result.returncode != 0 and result.stderr.count(message) == 1, result.stderr
     assert 'train.py", line' not in result.stderr and not (tmp_path / 'out').exists()
+
+
+def test_one_process_takes_the_gpu_it_is_given(monkeypatch):
+    given = []
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: given.append(_get_device_index(device)))
+    assert [parallel.join(device, None, 1) for device in ('cpu', 'cuda', 'cuda:1')] == ['cpu', 'cuda', 'cuda:1']
+    assert given == [1], 'torch takes no name without a number'
 
 
 def test_sharding_needs_torchrun(sheep, tmp_path):
