@@ -1,29 +1,43 @@
 """How fast is it, here, against what. Prints a table; the figures of a run are compared with one another only.
 
-    python bench.py sample                    # GPT-2 124M, random weights, one sequence
+    python bench.py race                      # seconds to equal loss: our recipe against nanoGPT's, on a CPU
+    python bench.py step                      # one training step of GPT-2 124M, random weights
+    python bench.py step --device=cuda --dtype=bfloat16 --batch_size=16
+    python bench.py sample                    # GPT-2 124M writes one sequence
     python bench.py sample --device=cuda --dtype=bfloat16 --ways=ours,compiled
 """
 
 import copy
+import json
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
 from configurator import check, configure, errors_in_one_sentence, pick_device
 from model import GPT, PUBLISHED, GPTConfig
+from sample import lay_out
 
 # -----------------------------------------------------------------------------
 size = 'gpt2'  # 'gpt2' to 'gpt2-xl'
 arch = 'gpt2'  # 'gpt2', 'qwen3' or 'llama'
-prompt_tokens = 8  # length of the prompt
-repeats = 3  # each figure is the median of this many
+batch_size = 1  # of a step, in sequences
+block_size = 1024  # of a step, tokens a sequence
+prompt_tokens = 8  # length of the prompt of a sample
+repeats = 3  # each figure is the median of this many, or the seeds of a race
+dataset = 'shakespeare_char'  # what a race is run on
+baseline = 'config/baseline_shakespeare_char.py'  # a race's recipes: how far it gets
+recipe = 'config/train_shakespeare_char.py'  # and how soon this one is as far
 device = 'auto'  # 'cuda', 'mps', 'cpu'; 'auto' takes the first there is
 dtype = 'float32'  # 'float32' or 'bfloat16'
-ways = 'uncached,ours,compiled,transformers'  # what to measure; one alone shows its peak memory
+ways: str | None = None  # what to measure, by the names in the table; one alone shows its peak memory; None: all
+json_file: str | None = None  # write the figures there, too
 # -----------------------------------------------------------------------------
 
 
@@ -40,20 +54,19 @@ def sample():
     torch.manual_seed(0)
     place = torch.device(pick_device(device))
     model = GPT(GPTConfig(arch=arch, **PUBLISHED[size])).to(place, getattr(torch, dtype)).eval()
-    plain = copy.deepcopy(model) if 'uncached' in ways or 'compiled' in ways else None
-    theirs = in_transformers(model) if 'transformers' in ways else None
+    names = (ways or 'uncached,ours,compiled,transformers').split(',')
+    plain = copy.deepcopy(model) if 'uncached' in names or 'compiled' in names else None
+    theirs = in_transformers(model) if 'transformers' in names else None
     if place.type == 'cpu':  # as sample.py does
-        model.lay_out_for_sampling()
+        lay_out(model)
     idx = torch.randint(0, 50257, (1, prompt_tokens), device=place)
     known = {
         'uncached': lambda n: uncached(plain, idx, n),
-        'ours': lambda n: torch.cat(list(model.generate(idx, n, temperature=0)), 1),
-        'compiled': lambda n: torch.cat(list(plain.generate(idx, n, compile=True, temperature=0)), 1),
+        'ours': lambda n: torch.cat(list(model.generate(idx, n)), 1),
+        'compiled': lambda n: torch.cat(list(plain.generate(idx, n, compile=True)), 1),
         'transformers': lambda n: theirs.generate(idx, max_new_tokens=n, min_new_tokens=n, do_sample=False),
     }
-    names = ways.split(',')
-    if set(names) - set(known):
-        raise ValueError(f"ways='{ways}' must be some of {', '.join(known)}, separated by commas.")
+    check_ways(names, known)
     rates = {(name, n): [] for name in names for n in (64, 256)}
     with torch.inference_mode():
         for name in names:
@@ -64,12 +77,13 @@ def sample():
             known[name](n)[0, -1].item()  # waits for the device
             found.append(n / (time.perf_counter() - start))
     table = {key: statistics.median(found) for key, found in rates.items()}
-    print(f'{size}, {arch}, {place}, {dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}')
+    print_machine(place)
     print(f'{"tokens/s for":<16}{"64 tokens":>12}{"256 tokens":>12}')
     for name in names:
         print(f'{name:<16}{table[name, 64]:>12.1f}{table[name, 256]:>12.1f}')
-    unit = 2**30 if sys.platform == 'darwin' else 2**20  # bytes there, KiB elsewhere
-    print(f'peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.2f} GiB')
+    peak = peak_memory(place)
+    print(f'peak memory of the process: {peak:.2f} GiB')
+    return {'tokens_per_second': {f'{name} {n}': rate for (name, n), rate in table.items()}, 'peak_gib': peak}
 
 
 def in_transformers(model):
@@ -83,7 +97,122 @@ def in_transformers(model):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=model.wte.weight.dtype).to(model.wte.weight.device)
 
 
-BENCHMARKS = {'sample': sample}
+def plain_loss(model, x, y):
+    return torch.nn.functional.cross_entropy(model(x).float().flatten(0, 1), y.flatten())
+
+
+def step():
+    """One training step: plain torch (unfused AdamW, all logits at once) and ours, eager and compiled."""
+    place = torch.device(pick_device(device))
+    torch.set_float32_matmul_precision('high')
+    autocast = nullcontext() if dtype == 'float32' else torch.autocast(place.type, torch.bfloat16)
+    names = (ways or 'plain,ours,plain compiled,ours compiled').split(',')
+    check_ways(names, ('plain', 'ours', 'plain compiled', 'ours compiled'))
+    idx = torch.randint(0, 50257, (batch_size, block_size), generator=torch.Generator().manual_seed(0)).to(place)
+    runs, times = {}, {name: [] for name in names}
+    ceiling = gemm_rate(place)
+    for name in names:
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(arch=arch, **PUBLISHED[size] | {'block_size': block_size})).to(place)
+        ours = name.startswith('ours')
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=ours, foreach=False if not ours else None)
+        if name.endswith('compiled'):
+            model.compile()
+        runs[name] = model, optimizer, model if ours else lambda x, y, model=model: plain_loss(model, x, y)
+    for _ in range(repeats + 1):  # in turn: speed drifts; the first is to warm up
+        for name, (_, optimizer, loss) in runs.items():
+            wait(place)
+            start = time.perf_counter()
+            with autocast:
+                nats = loss(idx, idx)
+            nats.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            wait(place)
+            times[name].append(time.perf_counter() - start)
+    print_machine(place)
+    print(f'{batch_size} x {block_size} tokens a step; matrix products reach {ceiling / 1e12:.3f} TFLOP/s here')
+    print(f'{"":<18}{"ms":>10}{"tokens/s":>12}{"TFLOP/s":>10}{"of ceiling":>12}')
+    figures = {}
+    for name, found in times.items():
+        seconds, flops = statistics.median(found[1:]), idx.numel() * runs[name][0].flops_per_token()
+        figures[name] = {'ms': 1000 * seconds, 'tokens_per_second': idx.numel() / seconds, 'flops': flops / seconds}
+        figures[name]['share'] = flops / seconds / ceiling
+        ms, tokens, rate, share = figures[name].values()
+        print(f'{name:<18}{ms:>10,.1f}{tokens:>12,.1f}{rate / 1e12:>10.3f}{share:>12.1%}')
+    print(f'peak memory of all: {peak_memory(place):.2f} GiB')
+    return {'gemm_flops': ceiling, 'ways': figures, 'peak_gib': peak_memory(place)}
+
+
+def race():
+    """Seconds of training steps until the recipe's validation loss is the baseline's at its end, seed by seed.
+
+    Evaluations are of the whole split, every tenth of the recipe, and not in the seconds; compilation would be.
+    """
+    here, rows = Path(__file__).parent, []
+    print(f'{recipe} against {baseline} on {dataset}')
+    print(f'{"seed":>4}{"baseline":>20}{"recipe at its end":>22}{"as far after":>16}{"sooner":>10}')
+    for seed in range(1, repeats + 1):
+        ran = []
+        for config in (baseline, recipe):
+            with tempfile.TemporaryDirectory() as folder:
+                path = config if Path(config).exists() else here / config
+                line = [sys.executable, here / 'train.py', path, f'--dataset={dataset}', f'--device={device}']
+                line += [f'--seed={seed}', f'--out_dir={folder}', '--always_save_checkpoint=False']
+                line += [] if config == baseline else ['--eval_interval=10']
+                result = subprocess.run(line, capture_output=True, text=True)
+                if result.returncode:
+                    raise ValueError(f'{config} did not run: {result.stderr.strip()}')
+                log = [json.loads(record) for record in Path(folder, 'log.jsonl').read_text().splitlines()]
+                ran.append([(r['val_loss'], r['train_seconds']) for r in log if 'val_loss' in r])
+        (goal, slow), (end, fast) = ran[0][-1], ran[1][-1]
+        soon = next((seconds for loss, seconds in ran[1] if loss <= goal), float('inf'))
+        rows.append({'seed': seed, 'baseline': [goal, slow], 'recipe': [end, fast], 'seconds': soon})
+        cells = f'{goal:.4f} in {slow:.1f} s', f'{end:.4f} in {fast:.1f} s', f'{soon:.1f} s', f'{slow / soon:.2f} x'
+        print('{:>4}{:>20}{:>22}{:>16}{:>10}'.format(seed, *cells), flush=True)
+    ratios = sorted(row['baseline'][1] / row['seconds'] for row in rows)
+    print(f'sooner: median {statistics.median(ratios):.2f} x, from {ratios[0]:.2f} to {ratios[-1]:.2f}')
+    return {'seeds': rows, 'median': statistics.median(ratios)}
+
+
+def gemm_rate(place):
+    """The FLOP/s of large matrix products in the dtype asked for, the best of ten: a ceiling for a step."""
+    n = 8192 if place.type == 'cuda' else 1536
+    a, b = torch.randn(2, n, n, device=place, dtype=getattr(torch, dtype))
+    times = []
+    for _ in range(10):
+        wait(place)
+        start = time.perf_counter()
+        a @ b
+        wait(place)
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / min(times)
+
+
+def wait(place):
+    if place.type in ('cuda', 'mps'):
+        getattr(torch, place.type).synchronize()
+
+
+def peak_memory(place):
+    """GiB: of the device on CUDA, else of the process."""
+    if place.type == 'cuda':
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 2**30 if sys.platform == 'darwin' else 2**20  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def print_machine(place):
+    name = torch.cuda.get_device_name(place) if place.type == 'cuda' else f'{place}, {torch.get_num_threads()} threads'
+    print(f'{size}, {arch}, {name}, {dtype}, torch {torch.__version__}')
+
+
+def check_ways(names, known):
+    if set(names) - set(known):
+        raise ValueError(f"ways='{ways}' must be some of {', '.join(known)}, separated by commas.")
+
+
+BENCHMARKS = {'race': race, 'step': step, 'sample': sample}
 
 if __name__ == '__main__':
     _names = [_arg for _arg in sys.argv[1:2] if _arg in BENCHMARKS or _arg in ('-h', '--help')]
@@ -91,9 +220,11 @@ if __name__ == '__main__':
         sys.exit(f'Say what to measure: python bench.py {"|".join(BENCHMARKS)}')
     configure(globals(), sys.argv[1:] if '-' in _names[0] else sys.argv[2:])
     with errors_in_one_sentence():
-        check(globals(), 1, 1000, 'repeats prompt_tokens')
+        check(globals(), 1, 10**6, 'repeats prompt_tokens batch_size block_size')
         if size not in PUBLISHED:
             raise ValueError(f"size='{size}' must be one of {', '.join(PUBLISHED)}.")
         if dtype not in ('float32', 'bfloat16'):
             raise ValueError(f"dtype='{dtype}' must be 'float32' or 'bfloat16'.")
-        BENCHMARKS[_names[0]]()
+        figures = BENCHMARKS[_names[0]]()
+        if json_file:
+            Path(json_file).write_text(json.dumps(figures, indent=1) + '\n')

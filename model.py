@@ -11,6 +11,7 @@ there and the other way round:
 Shapes in comments: B sequences, T positions, S cached positions, C = n_embd, D = head_dim, V = padded vocabulary.
 """
 
+import functools
 import json
 import math
 import os
@@ -20,8 +21,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 IGNORE = -1  # a target that does not count
+CHUNK = 2**24  # logits that a loss computes at a time
 ARCHITECTURES = {'gpt2': 'GPT2LMHeadModel', 'qwen3': 'Qwen3ForCausalLM', 'llama': 'LlamaForCausalLM'}
 PUBLISHED = {  # by name, for from_pretrained('gpt2') or, untrained, GPT(GPTConfig(**PUBLISHED['gpt2']))
     'gpt2': {'n_layer': 12, 'n_head': 12, 'n_embd': 768},  # 124,439,808 parameters
@@ -34,7 +37,6 @@ PUBLISHED = {  # by name, for from_pretrained('gpt2') or, untrained, GPT(GPTConf
 @dataclass
 class GPTConfig:
     """The shape of a model; None becomes the architecture's own. Raises ValueError for one that cannot be built."""
-
     arch: str = 'gpt2'
     vocab_size: int = 50257
     block_size: int = 1024  # the longest context, in tokens
@@ -81,6 +83,11 @@ class GPTConfig:
         return -(-self.vocab_size // 64) * 64
 
 
+def full(x):
+    """In float32, or more if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def norm(config, width):
     if config.arch == 'gpt2':
         return nn.LayerNorm(width, config.norm_eps, bias=config.bias)
@@ -94,10 +101,14 @@ def rotate(x, cos, sin):
 
 
 class Linear(nn.Linear):
-    """nn.Linear; compiled, for one to four rows on a CPU, sums that read the matrix as fast as the memory gives it."""
+    """nn.Linear of matrices stacked one over the other, of the heights in `rows`."""
+
+    def __init__(self, n_in, rows, bias):
+        super().__init__(n_in, sum(rows), bias)
+        self.rows = rows
 
     def forward(self, x):
-        rows = x.flatten(0, -2)
+        rows = x.flatten(0, -2)  # up to four on a CPU: compiled sums read the weight as fast as the memory gives it
         if not torch.compiler.is_compiling() or torch.is_grad_enabled() or len(rows) > 4 or x.device.type != 'cpu':
             return super().forward(x)
         y = torch.stack([(self.weight * row).sum(-1) for row in rows]).view(*x.shape[:-1], -1)
@@ -109,8 +120,8 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         H, KV, D = config.n_head, config.n_kv_head, config.head_dim
-        self.qkv = Linear(config.n_embd, (H + 2 * KV) * D, bias=config.bias)
-        self.proj = Linear(H * D, config.n_embd, bias=config.bias)
+        self.qkv = Linear(config.n_embd, (H * D, KV * D, KV * D), config.bias)
+        self.proj = Linear(H * D, (config.n_embd,), config.bias)
         if config.arch == 'qwen3':
             self.q_norm, self.k_norm = norm(config, D), norm(config, D)
 
@@ -136,8 +147,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.gated = config.arch != 'gpt2'
-        self.fc = Linear(config.n_embd, config.n_hidden * (1 + self.gated), bias=config.bias)
-        self.proj = Linear(config.n_hidden, config.n_embd, bias=config.bias)
+        self.fc = Linear(config.n_embd, (config.n_hidden,) * (1 + self.gated), config.bias)
+        self.proj = Linear(config.n_hidden, (config.n_embd,), config.bias)
 
     def forward(self, x):
         if self.gated:  # SwiGLU (Shazeer, 2020)
@@ -158,6 +169,32 @@ class Block(nn.Module):
     def forward(self, x, rope=None, cache=None):
         x = x + self.drop(self.attn(self.norm1(x), rope, cache))
         return x + self.drop(self.mlp(self.norm2(x)))
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """The mean cross-entropy of F.linear(x, weight, bias), n rows at a time, each with its gradients at once."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, targets, n):
+        total, dx, dw, training = 0.0, [], torch.zeros_like(weight), any(ctx.needs_input_grad)
+        for part, target in zip(x.split(n), targets.split(n), strict=True):
+            logits, index = full(F.linear(part, weight, bias)), target.clamp(min=0)[:, None]
+            counted, normalizer = (target != IGNORE)[:, None], logits.logsumexp(-1, keepdim=True)
+            total = total + (counted * (normalizer - logits.gather(1, index))).sum()
+            if training:
+                error = logits.sub_(normalizer).exp_().scatter_add_(1, index, logits.new_full(index.shape, -1))
+                error.mul_(counted)
+                dx.append((error @ weight).to(x.dtype))
+                autocast = torch.is_autocast_enabled(x.device.type)
+                dw = dw.add_(error.mT @ part) if autocast else dw.addmm_(error.mT, part)
+        ctx.count = (targets != IGNORE).sum()
+        ctx.save_for_backward(torch.cat(dx) if training else None, dw)
+        return total / ctx.count
+
+    @staticmethod
+    def backward(ctx, gradient):
+        dx, dw = (saved.mul_(gradient / ctx.count) for saved in ctx.saved_tensors)  # in place: for one backward pass
+        return dx, dw, None, None, None
 
 
 class GPT(nn.Module):
@@ -182,7 +219,7 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm_f = norm(config, config.n_embd)
-        self.head = Linear(config.n_embd, V, bias=False)
+        self.head = Linear(config.n_embd, (V,), False)
         if config.tied:
             self.head.weight = self.wte.weight
         # Added to the logits, it keeps the padding of the vocabulary out of every softmax.
@@ -191,11 +228,13 @@ class GPT(nn.Module):
         self.init_weights()
 
     def forward(self, idx, targets=None):
-        logits = F.linear(self.hidden(idx), self.head.weight, self.padding)  # (B, T, V)
+        x, weight = self.hidden(idx), self.head.weight
+        if targets is not None and targets.numel() * len(weight) > CHUNK:
+            return ChunkedLoss.apply(x.flatten(0, 1), weight, self.padding, targets.flatten(), CHUNK // len(weight))
+        logits = F.linear(x, weight, self.padding)  # (B, T, V)
         if targets is None:
             return logits
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+        return F.cross_entropy(full(logits).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
 
     def hidden(self, idx, positions=None, cache=None):
         """idx (B, T) -> (B, T, C), after the last norm.
@@ -223,29 +262,35 @@ class GPT(nn.Module):
 
         embeddings, head, qkv, fc    normal, 0.02
         proj                         normal, 0.02 / sqrt(2 n_layer): each block adds two to the residual stream
-        norms                        1
-        biases                       0
+        norms 1, biases 0
         """
+        std = dict.fromkeys('wte wpe head qkv fc'.split(), 0.02) | {'proj': 0.02 / (2 * self.config.n_layer) ** 0.5}
         for name, parameter in self.named_parameters():
             layer, kind = name.split('.')[-2:]
-            if kind == 'bias':
-                parameter.zero_()
-            elif layer in ('norm1', 'norm2', 'norm_f', 'q_norm', 'k_norm'):
-                parameter.fill_(1.0)
-            elif layer == 'proj':
-                parameter.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
-            elif layer in ('wte', 'wpe', 'head', 'qkv', 'fc'):
-                parameter.normal_(std=0.02)
+            if kind == 'bias' or layer in ('norm1', 'norm2', 'norm_f', 'q_norm', 'k_norm'):
+                parameter.fill_(kind != 'bias')
+            elif layer in std:
+                parameter.normal_(std=std[layer])
             else:
                 raise RuntimeError(f'init_weights says nothing of {name}.')
         for matrix in (self.wte.weight, self.head.weight):
             matrix[self.config.vocab_size :] = 0  # the padding stays 0: it gets no gradient
 
     def parameter_groups(self, weight_decay):
-        """Parameters for an optimizer: matrices and embeddings decay, vectors (norms, biases) do not."""
-        parameters = list(self.parameters())
-        decay, no_decay = [p for p in parameters if p.dim() >= 2], [p for p in parameters if p.dim() < 2]
-        return [{'params': decay, 'weight_decay': weight_decay}, {'params': no_decay, 'weight_decay': 0.0}]
+        """Parameters for optimizers: vectors, which do not decay; embeddings and head; matrices by shape and rows."""
+        groups = {}
+        for name, parameter in self.named_parameters():
+            kind, group = parameter.dim(), {'params': [], 'weight_decay': weight_decay * (parameter.dim() > 1)}
+            if kind > 1 and name.startswith('blocks.'):
+                group['rows'] = self.get_submodule(name.removesuffix('.weight')).rows
+                kind = group['rows'], parameter.shape
+            groups.setdefault(kind, group)['params'].append(parameter)
+        return list(groups.values())
+
+    def checkpoint_activations(self):
+        """Keep only what enters each block, and compute the rest again in the backward pass (Chen et al., 2016)."""
+        for block in self.blocks:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
     def count_parameters(self):
         """Parameters, without the padding of the vocabulary: GPT-2's smallest has 124,439,808."""
@@ -264,19 +309,20 @@ class GPT(nn.Module):
 
     # -----------------------------------------------------------------------------
     @torch.inference_mode()
-    def generate(self, idx, max_new_tokens, generator=None, compile=False, **sampling):
+    def generate(self, idx, max_new_tokens, choose=None, compile=False):
         """Yield max_new_tokens times the next token of each sequence, (B, 1), after the prompts idx, (B, T).
 
-        sampling: see choose(). compile: compile the step of one token. Only the last block_size tokens of a prompt
-        are used. Keys and values are cached until the window of block_size tokens is full; then it slides, every
-        token gets a new position, and each step computes the whole window. Nothing here waits for the device.
+        choose(logits, tokens): the next token, (B, 1), by its logits, (B, vocab_size), and the tokens so far; None
+        takes the likeliest. compile: the step of one token. Only the last block_size tokens of a prompt are used.
+        Keys and values are cached until that window is full; then it slides, every token gets a new position, and each
+        step computes all of it. Nothing here waits for the device.
         """
         c, idx = self.config, idx[:, -self.config.block_size :]
         (B, T), S = idx.shape, min(c.block_size, idx.shape[1] + max_new_tokens)
         cache = [tuple(pair) for pair in self.wte.weight.new_zeros(c.n_layer, 2, B, c.n_kv_head, S, c.head_dim)]
         positions = torch.arange(S, device=idx.device)
         tokens = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), 1)
-        seen = torch.zeros(B, c.vocab_size, dtype=torch.bool, device=idx.device).scatter_(1, idx, True)
+        choose = choose or (lambda logits, tokens: logits.argmax(-1, keepdim=True))
         step = torch.compile(self.next_logits) if compile else self.next_logits
         for n in range(T, T + max_new_tokens):
             if n == T:
@@ -285,15 +331,8 @@ class GPT(nn.Module):
                 logits = step(tokens[:, n - 1 : n], positions[n - 1 : n], cache)
             else:
                 logits = self.next_logits(tokens[:, n - c.block_size : n])
-            tokens[:, n : n + 1] = token = choose(logits, generator, seen=seen, **sampling)
-            seen.scatter_(1, token, True)
+            tokens[:, n : n + 1] = token = choose(logits, tokens[:, :n])
             yield token
-
-    def lay_out_for_sampling(self):
-        """Store matrices by columns, values unchanged: uncompiled, a CPU reads them 1.2 times faster."""
-        for parameter in self.parameters():
-            if parameter.dim() == 2:
-                parameter.data = parameter.data.t().contiguous().t()
 
     def next_logits(self, idx, positions=None, cache=None):
         """The logits of the token after idx, (B, vocab_size)."""
@@ -301,7 +340,6 @@ class GPT(nn.Module):
 
     # -----------------------------------------------------------------------------
     # Weights in and out: folders in the Hugging Face layout, config.json + model.safetensors.
-
     def hf_tensors(self):
         """{name in the Hugging Face layout: view of our parameter, without padding, in the shape it has there}.
 
@@ -317,8 +355,7 @@ class GPT(nn.Module):
             if c.arch == 'gpt2':  # its files store linear layers transposed, (in, out)
                 views[name] = tensor.T if '.c_' in name and tensor.dim() == 2 else tensor
             elif '.qkv.' in name:
-                sizes = (c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.n_kv_head * c.head_dim)
-                for part, view in zip('qkv', tensor.split(sizes), strict=True):
+                for part, view in zip('qkv', tensor.split(self.blocks[0].attn.qkv.rows), strict=True):
                     views[name.replace('.qkv.', f'.{part}_proj.')] = view
             elif '.fc.' in name:
                 for part, view in zip(('gate', 'up'), tensor.chunk(2), strict=True):
@@ -330,16 +367,11 @@ class GPT(nn.Module):
     def save_pretrained(self, folder, end_of_text=None):
         """Write config.json and model.safetensors into a folder that `transformers` opens. end_of_text: its id."""
         c = self.config
-        config = {
-            'architectures': [ARCHITECTURES[c.arch]],
-            'model_type': c.arch,
-            'tie_word_embeddings': c.tied,
-            'bos_token_id': end_of_text,
-            'eos_token_id': end_of_text,
-            'dtype': str(self.wte.weight.dtype).removeprefix('torch.'),
-            'dropout': c.dropout,  # this and bias are ours: transformers' GPT-2 always has biases, and finds zeros
-            'bias': c.bias,
-        }
+        config = {'architectures': [ARCHITECTURES[c.arch]], 'model_type': c.arch, 'tie_word_embeddings': c.tied}
+        config |= {'bos_token_id': end_of_text, 'eos_token_id': end_of_text}
+        config |= {'dtype': str(self.wte.weight.dtype).removeprefix('torch.')}
+        # These two are ours: transformers' GPT-2 always has biases, and finds zeros.
+        config |= {'dropout': c.dropout, 'bias': c.bias}
         if c.arch == 'gpt2':
             config |= {'activation_function': 'gelu_new'} | {f'{x}_pdrop': c.dropout for x in ('attn', 'embd', 'resid')}
         else:
@@ -362,15 +394,8 @@ class GPT(nn.Module):
         Raises FileNotFoundError or ConnectionError, or ValueError that names what does not fit.
         """
         folder = find_pretrained(source)
-        try:
-            with open(os.path.join(folder, 'config.json'), encoding='utf-8') as file:
-                config = json.load(file)
-            fields = read_config(config)
-            shape = GPTConfig(**fields | changes)
-        except FileNotFoundError:
-            raise FileNotFoundError(f'{folder} is no model: it has no config.json.') from None
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f'{folder}/config.json is not of a model known here: {error!r}') from None
+        fields = read_config(folder)
+        shape = GPTConfig(**fields | changes)
         if shape.block_size > fields['block_size']:
             raise ValueError(f'block_size={shape.block_size} is more than the {fields["block_size"]} of {folder}.')
         return cls(shape).load_weights(read_weights(folder), folder)
@@ -429,17 +454,25 @@ LLAMA_CONFIG = {
 }  # fmt: skip
 
 
-def read_config(config):
-    """config.json's contents as fields of a GPTConfig. Raises KeyError or ValueError for what is not known here."""
-    arch = config['model_type']
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"A model of type '{arch}' cannot be opened here, only {', '.join(ARCHITECTURES)}.")
-    fields = {'arch': arch, 'tied': config.get('tie_word_embeddings', arch == 'gpt2')}
-    for ours, theirs in (GPT2_CONFIG if arch == 'gpt2' else LLAMA_CONFIG).items():
-        fields[ours] = config.get(theirs) if ours in ('n_hidden', 'n_kv_head', 'head_dim') else config[theirs]
-    fields |= {'dropout': config.get('dropout', 0.0), 'bias': arch == 'gpt2' and config.get('bias', True)}
-    rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
-    fields['rope_theta'] = float(rope.get('rope_theta') or config.get('rope_theta') or 10000.0)
+def read_config(folder):
+    """A folder's config.json as fields of a GPTConfig. Raises FileNotFoundError, ValueError for what is not known."""
+    try:
+        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as file:
+            config = json.load(file)
+        arch = config['model_type']
+        if arch not in ARCHITECTURES:
+            raise ValueError(f"A model of type '{arch}' cannot be opened here, only {', '.join(ARCHITECTURES)}.")
+        fields = {'arch': arch, 'tied': config.get('tie_word_embeddings', arch == 'gpt2')}
+        for ours, theirs in (GPT2_CONFIG if arch == 'gpt2' else LLAMA_CONFIG).items():
+            fields[ours] = config.get(theirs) if ours in ('n_hidden', 'n_kv_head', 'head_dim') else config[theirs]
+        fields |= {'dropout': config.get('dropout', 0.0), 'bias': arch == 'gpt2' and config.get('bias', True)}
+        rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
+        fields['rope_theta'] = float(rope.get('rope_theta') or config.get('rope_theta') or 10000.0)
+        GPTConfig(**fields)
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{folder} is no model: it has no config.json.') from None
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f'{folder}/config.json is not of a model known here: {error!r}') from None
     given = config | {'rope_type': rope.get('rope_type', rope.get('type', 'default'))}
     expected = {'activation_function': 'gelu_new', 'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False}
     expected |= {'use_sliding_window': False, 'scale_attn_by_inverse_layer_idx': False, 'rope_type': 'default'}
@@ -451,20 +484,17 @@ def read_config(config):
 
 def read_weights(folder):
     """{name: tensor} from a folder's safetensors, in one file or in shards with an index, or pytorch_model.bin."""
-    files = [os.path.join(folder, name) for name in ('model.safetensors', 'pytorch_model.bin')]
-    for file in [f'{file}.index.json' for file in files] + files:
-        if os.path.exists(file):
-            break
-    else:
-        raise FileNotFoundError(f'{folder} is no model: it has neither model.safetensors nor pytorch_model.bin.')
-    weights = {}
+    kinds = ('model.safetensors', 'pytorch_model.bin')
+    names = [name for kind in kinds for name in (f'{kind}.index.json', kind)]
+    names = [name for name in names if os.path.exists(os.path.join(folder, name))][:1]
+    if not names:
+        raise FileNotFoundError(f'{folder} is no model: it has neither {" nor ".join(kinds)}.')
+    weights, file = {}, os.path.join(folder, names[0])
     try:
-        shards = [file]
         if file.endswith('.json'):
             with open(file, encoding='utf-8') as index:
-                names = set(json.load(index)['weight_map'].values())
-            shards = [os.path.join(folder, os.path.basename(name)) for name in sorted(names)]
-        for file in shards:
+                names = {os.path.basename(shard) for shard in json.load(index)['weight_map'].values()}
+        for file in [os.path.join(folder, name) for name in sorted(names)]:
             safe = file.endswith('.safetensors')
             weights |= load_file(file) if safe else torch.load(file, map_location='cpu', weights_only=True)
     except Exception as error:  # whatever a damaged file makes its reader raise
@@ -488,33 +518,3 @@ def find_pretrained(source):
             f'{source} could not be downloaded from the Hugging Face Hub ({type(error).__name__}): connect to the '
             f'internet, or name a folder that holds its {", ".join(files)} instead.'
         ) from None
-
-
-def choose(logits, generator=None, temperature=1, top_k=None, top_p=None, min_p=None, repetition_penalty=1, seen=None):
-    """The next token of each row of logits (B, V), as (B, 1).
-
-    temperature: divides the logits; 0 takes the most likely token. Of the probabilities that gives,
-    top_k keeps the k highest, exactly k;
-    top_p keeps the fewest highest that sum to at least p (nucleus sampling; Holtzman et al., 2020);
-    min_p keeps those of at least min_p times the highest (Nguyen et al., 2024).
-    repetition_penalty: divides the positive logits, multiplies the negative ones, of tokens that are `seen`, (B, V)
-    bool (Keskar et al., 2019, CTRL).
-    """
-    if repetition_penalty != 1:
-        penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-        logits = torch.where(seen, penalized, logits)
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    ids, logits = None, logits / temperature
-    if top_k is not None or top_p is not None:
-        logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # sorted, highest first
-    probabilities = logits.softmax(-1)
-    if top_p is not None:
-        before = probabilities.cumsum(-1) - probabilities  # the mass of those more likely
-        probabilities = probabilities.masked_fill(before >= top_p, 0)
-    if min_p is not None:
-        probabilities = probabilities.masked_fill(probabilities < min_p * probabilities.amax(-1, keepdim=True), 0)
-    # Each of exponential clocks with these rates rings first with its probability: no wait for the device.
-    rings = torch.empty_like(probabilities).exponential_(generator=generator)
-    drawn = (probabilities / rings).argmax(-1, keepdim=True)
-    return drawn if ids is None else ids.gather(-1, drawn)

@@ -125,20 +125,38 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def split_like(tensor, parameter):
+    """A whole tensor, the same in every process, sharded as a parameter is."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def share_out(function, batch):
+    """function(batch), which treats each row by itself; every process computes some of the rows."""
+    if world == 1:
+        return function(batch)
+    each = -(-len(batch) // world)
+    padded = torch.cat((batch, batch.new_zeros(each * world - len(batch), *batch.shape[1:])))
+    dist.all_gather_into_tensor(result := torch.empty_like(padded), function(padded[rank * each :][:each]))
+    return result[: len(batch)]
+
+
 def like(number, parameter):
     """A number that is the same in every process, as an optimizer of such parameters takes it."""
     sharded = isinstance(parameter, DTensor)
     return DTensor.from_local(number, parameter.device_mesh, [Replicate()]) if sharded else number
 
 
-def gather(model, optimizer):
-    """(the model in one piece, None but on rank 0; {parameter's name: its optimizer state}, on the CPU)."""
+def gather(model, optimizers):
+    """(the model in one piece, None but on rank 0; {parameter's name: its optimizer's state}, on the CPU)."""
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.reshard()  # evaluating leaves the outermost parameters whole
     state = {
         name: {key: whole(value).cpu() for key, value in optimizer.state[parameter].items()}
         for name, parameter in model.named_parameters()
+        for optimizer in optimizers
         if parameter in optimizer.state
     }
     if isinstance(model, FSDPModule):
@@ -149,11 +167,11 @@ def gather(model, optimizer):
     return model, state
 
 
-def restore(model, optimizer, state):
-    """Give an optimizer the state that gather() returned, however many processes shared it then."""
-    for name, parameter in model.named_parameters():
-        for key, value in state.get(name, {}).items():
-            value = value.to(parameter.device)
-            if isinstance(parameter, DTensor) and value.shape == parameter.shape:
-                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-            optimizer.state[parameter][key] = value
+def restore(model, optimizers, state):
+    """Give optimizers the state that gather() returned, however many processes shared it then."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        for parameter in [parameter for group in optimizer.param_groups for parameter in group['params']]:
+            for key, value in state.get(names[parameter], {}).items():
+                value = value.to(parameter.device)
+                optimizer.state[parameter][key] = split_like(value, parameter) if value.dim() else value

@@ -1,8 +1,53 @@
-"""What a run tells: log.jsonl, one JSON object a line, and config.py."""
+"""What a run tells, on the terminal, in log.jsonl and in config.py; and the signals that ask it to end."""
 
 import contextlib
+import errno
 import json
 import os
+import signal
+import time
+
+from configurator import nobody_reads
+
+stop = 0  # the signal that asked for an end
+_asked = 0.0  # when
+
+
+def obey_signals():
+    """Have SIGINT, SIGTERM and SIGHUP set `stop`, where they would have ended the process."""
+    for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):  # Windows has no SIGHUP, nohup ignores it
+        number = getattr(signal, name, signal.SIGTERM)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, request_stop)
+
+
+def request_stop(number, frame):
+    """Let the step in progress finish, then save and exit. A second Ctrl-C ends the process at once."""
+    global stop, _asked
+    if stop == number == signal.SIGINT and time.monotonic() > _asked + 1:  # launchers pass on what a terminal has sent
+        os._exit(130)
+    stop, _asked = stop or number, _asked or time.monotonic()
+
+
+def say(text, end='\n'):
+    """Print at once. Where nobody reads any more, after `| head` or in a closed terminal, save and exit."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError as error:
+        nobody_reads()
+        if error.errno in (errno.EPIPE, errno.EIO):  # not a full disk
+            request_stop(signal.SIGTERM, None)
+
+
+def log(path, **record):
+    """Add a record to a log, on a line of its own even if the one before was cut short by a full disk."""
+    try:
+        with open(path, 'ab+') as file:
+            file.seek(max(0, file.tell() - 1))
+            cut = file.read(1) not in (b'', b'\n')
+            file.write(b'\n' * cut + json.dumps(record).encode() + b'\n')
+    except OSError as error:  # a full disk is no reason to stop training
+        say(f'{path} could not be written: {error}')
 
 
 def continue_log(path, step, evaluated):
@@ -16,14 +61,6 @@ def continue_log(path, step, evaluated):
                     if line[-1] == '\n' and record['step'] <= (evaluated if 'val_loss' in record else step):
                         lines.append(line)
     replace(path, lines)
-
-
-def append(path, record):
-    """Add a record to a log, on a line of its own even if the one before was cut short by a full disk."""
-    with open(path, 'ab+') as file:
-        file.seek(max(0, file.tell() - 1))
-        cut = file.read(1) not in (b'', b'\n')
-        file.write(b'\n' * cut + json.dumps(record).encode() + b'\n')
 
 
 def write_config(path, config, step):

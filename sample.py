@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import textwrap
+from functools import partial
 
 import torch
 
@@ -46,6 +47,39 @@ device = 'auto'  # 'cuda', 'mps', 'cpu'; 'auto' takes the first there is
 dtype = 'auto'  # 'float32' or 'bfloat16'; 'auto': bfloat16 on CUDA, else float32
 compile = False  # compile the step of one token: up to a minute at the start, then faster
 # -----------------------------------------------------------------------------
+
+
+def choose(
+    logits, tokens=None, generator=None, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0
+):
+    """The next token of each row of logits (B, V), as (B, 1).
+
+    temperature: divides the logits; 0 takes the most likely token. Of the probabilities that gives,
+    top_k keeps the k highest, exactly k;
+    top_p keeps the fewest highest that sum to at least p (nucleus sampling; Holtzman et al., 2020);
+    min_p keeps those of at least min_p times the highest (Nguyen et al., 2024).
+    repetition_penalty: divides the positive logits, multiplies the negative ones, of `tokens`, (B, n), the
+    text so far (Keskar et al., 2019, CTRL).
+    """
+    if repetition_penalty != 1:
+        seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, tokens, True)
+        penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        logits = torch.where(seen, penalized, logits)
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    ids, logits = None, logits / temperature
+    if top_k is not None or top_p is not None:
+        logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # sorted, highest first
+    probabilities = logits.softmax(-1)
+    if top_p is not None:
+        before = probabilities.cumsum(-1) - probabilities  # the mass of those more likely
+        probabilities = probabilities.masked_fill(before >= top_p, 0)
+    if min_p is not None:
+        probabilities = probabilities.masked_fill(probabilities < min_p * probabilities.amax(-1, keepdim=True), 0)
+    # Each of exponential clocks with these rates rings first with its probability: no wait for the device.
+    rings = torch.empty_like(probabilities).exponential_(generator=generator)
+    drawn = (probabilities / rings).argmax(-1, keepdim=True)
+    return drawn if ids is None else ids.gather(-1, drawn)
 
 
 class Sample:
@@ -101,7 +135,7 @@ def write(model, tokenizer, prompt, n, stream=None, **sampling):
     samples = [Sample(tokenizer, [text for text in (stop or '').split('|') if text]) for _ in range(n)]
     stream = stream or (lambda text: None)
     prompts = torch.tensor([ids] * n, device=place)
-    for tokens in model.generate(prompts, max_new_tokens, generator, compile, **sampling):
+    for tokens in model.generate(prompts, max_new_tokens, partial(choose, generator=generator, **sampling), compile):
         new = [sample.add(token) for sample, token in zip(samples, tokens[:, 0].tolist(), strict=True)]
         stream(new[0])
         if all(sample.finish for sample in samples):
@@ -145,6 +179,13 @@ def answer(model, tokenizer, prompt):
             print(f'{prompt}{sample.text}\n{"-" * 80}')
 
 
+def lay_out(model):
+    """Store matrices by columns, values unchanged: uncompiled, a CPU reads them 1.2 times faster."""
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data = parameter.data.t().contiguous().t()
+
+
 def main():
     configure(globals())
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # loading weights would take it for a damaged file
@@ -173,7 +214,7 @@ def main():
         model.bfloat16()
     globals()['compile'] = compile and can_compile(place)
     if torch.device(place).type == 'cpu' and not compile:
-        model.lay_out_for_sampling()
+        lay_out(model)
     # GPT-2's folders may come without this file; its vocabulary is known
     known = model.config.vocab_size == 50257 and not os.path.exists(os.path.join(folder, 'tokenizer.json'))
     tokenizer = tokenizers.build('gpt2') if known else tokenizers.load(folder)

@@ -6,7 +6,6 @@
     torchrun --nproc_per_node=4 train.py config/train_gpt2.py        # four processes, the same steps
 """
 
-import errno
 import math
 import os
 import shlex
@@ -20,10 +19,12 @@ import torch
 
 import checkpoint
 import parallel
-from configurator import can_compile, check, configure, end, errors_in_one_sentence, nobody_reads, pick_device
+import report
+from configurator import can_compile, check, configure, end, errors_in_one_sentence, pick_device
 from data import IGNORE, Dataset, count_windows, training_order, windows
 from model import GPT, PUBLISHED, GPTConfig
-from report import append, continue_log, duration, write_config
+from muon import Muon
+from report import duration, log, say
 
 # -----------------------------------------------------------------------------
 # run
@@ -51,8 +52,11 @@ n_kv_head: int | None = None  # groups of heads that share keys and values (not 
 n_embd = 768  # width
 dropout = 0.0  # for pretraining 0 is good, for small data try 0.1 or more
 bias = True  # biases in LayerNorm and Linear layers, as GPT-2 has; False is a bit faster
-# optimizer (AdamW)
-learning_rate = 6e-4  # the highest
+# optimizer
+optimizer = 'adamw'  # 'muon': for the matrices in the blocks, AdamW for the rest
+learning_rate = 6e-4  # the highest, AdamW's
+muon_lr = 0.02  # the highest, Muon's, which serves all widths
+muon_momentum = 0.95  # Muon's
 max_iters = 600000  # steps, that is optimizer updates
 weight_decay = 1e-1  # of matrices and embeddings, not of norms and biases
 beta1 = 0.9  # AdamW's
@@ -61,14 +65,22 @@ grad_clip = 1.0  # clip the gradient's norm to this; 0.0 does not clip
 # learning rate over time
 decay_lr = True  # False keeps it constant after the warmup
 warmup_iters = 0  # steps of linear warmup
-lr_decay_iters: int | None = None  # steps of cosine decay; None: max_iters
-min_lr: float | None = None  # the lowest; None: learning_rate / 10
+schedule = 'cosine'  # how it falls after that: 'cosine', or 'wsd': not at all, then straight down
+cooldown = 0.4  # of 'wsd': the last share of the steps, in which it falls; 1.0 is a straight line
+lr_decay_iters: int | None = None  # the step at which it has fallen; None: max_iters
+min_lr: float | None = None  # AdamW's lowest, Muon's is the same share of its highest; None: a tenth, of 'wsd' 0
 # system
 device = 'auto'  # 'cuda', 'cuda:1', 'mps', 'cpu'; 'auto' takes the first there is
 backend: str | None = None  # under torchrun: 'nccl' or 'gloo'; None: the one for the device
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; 'auto': a 16-bit one on CUDA, else float32
 compile: bool | None = None  # with torch.compile; None: on CUDA only
+activation_checkpointing = False  # compute activations twice rather than keep them: slower, less memory
 fsdp = False  # under torchrun: share parameters, gradients and optimizer out instead of copying them (FSDP2)
+# what it would take
+plan = False  # train nothing, print memory, time and cost
+plan_gpus = 1  # devices to plan for
+plan_gpu = 'H100'  # which: A100, H100, RTX4090, ..., see plan.py
+plan_mfu = 0.4  # the share of its peak that training reaches
 # -----------------------------------------------------------------------------
 if parallel.rank:
     sys.stdout = open(os.devnull, 'w')  # noqa: SIM115  one process speaks for all
@@ -76,17 +88,27 @@ config = configure(globals())
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop; loading weights would take it for a damaged file
 lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
-min_lr = learning_rate / 10 if min_lr is None else min_lr
+min_lr = (0.0 if schedule == 'wsd' else learning_rate / 10) if min_lr is None else min_lr
 
 with errors_in_one_sentence():
-    check(config, 1, 10**9, 'batch_size gradient_accumulation_steps eval_interval log_interval keep_last block_size')
-    check(config, 1, 10**9, 'max_bad_steps save_weights_interval early_stopping_patience')
-    check(config, 0, 10**18, 'max_iters seed warmup_iters lr_decay_iters learning_rate min_lr weight_decay grad_clip')
-    check(config, 0, 1 - 1e-6, 'beta1 beta2')
-    if dtype not in ('auto', 'float32', 'bfloat16', 'float16'):
-        raise ValueError(f"dtype='{dtype}' must be 'float32', 'bfloat16' or 'float16'.")
+    check(config, 1, 10**9, 'batch_size gradient_accumulation_steps block_size eval_interval log_interval')
+    check(config, 1, 10**9, 'keep_last save_weights_interval early_stopping_patience max_bad_steps plan_gpus')
+    check(config, 0, 10**18, 'max_iters seed warmup_iters lr_decay_iters')
+    check(config, 0, 10**18, 'learning_rate muon_lr min_lr weight_decay grad_clip')
+    check(config, 0, 1 - 1e-6, 'beta1 beta2 muon_momentum')
+    check(config, 1e-6, 1, 'cooldown plan_mfu')
+    choices = {'optimizer': ('adamw', 'muon'), 'schedule': ('cosine', 'wsd')}
+    choices |= {'dtype': ('auto', 'float32', 'bfloat16', 'float16')}
+    for name, known in choices.items():
+        if config[name] not in known:
+            raise ValueError(f"{name}='{config[name]}' must be one of: {', '.join(known)}.")
     if not out_dir:
         raise ValueError('out_dir is empty: name a folder.')
+    if plan:
+        from plan import print_plan  # its imports take a second
+
+        print_plan(config)
+        sys.exit()
     device = parallel.join(pick_device(device), backend, gradient_accumulation_steps)
 
 # -----------------------------------------------------------------------------
@@ -158,19 +180,25 @@ with errors_in_one_sentence():
         checkpoint.set_aside(path)
 config['init_from'] = meta['config']['init_from'] if init_from == 'resume' else init_from  # where the run began
 model.to(device)
+if activation_checkpointing:
+    model.checkpoint_activations()
 with errors_in_one_sentence():
     net = parallel.distribute(model, fsdp, dtype)
 
+compile = device_type == 'cuda' if compile is None else compile
+compile = compile and can_compile(device)
 groups = model.parameter_groups(weight_decay)
-optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
+matrices = [group for group in groups if 'rows' in group] if optimizer == 'muon' else []
+others = [group for group in groups if 'rows' not in group] if optimizer == 'muon' else groups
+optimizers = [torch.optim.AdamW(others, lr=learning_rate, betas=(beta1, beta2), fused=True)]
+if matrices:
+    optimizers.append(Muon(matrices, lr=muon_lr, momentum=muon_momentum, compile=compile and device_type == 'cuda'))
 if init_from == 'resume':
-    parallel.restore(model, optimizer, train_state['optimizer'])
+    parallel.restore(model, optimizers, train_state['optimizer'])
     if scaler.is_enabled() and train_state['scaler']:  # it may have been trained in another dtype
         scaler.load_state_dict(train_state['scaler'])
     del train_state
 
-compile = device_type == 'cuda' if compile is None else compile
-compile = compile and can_compile(device)
 if compile:
     model.compile()
 
@@ -179,13 +207,14 @@ if compile:
 
 
 def learning_rate_at(step):
-    """Linear warmup, then half a cosine down to min_lr at lr_decay_iters."""
+    """As a share of the highest: linear warmup, then down to min_lr at lr_decay_iters, as a cosine or a line."""
     if step < warmup_iters:
-        return learning_rate * (step + 1) / (warmup_iters + 1)
+        return (step + 1) / (warmup_iters + 1)
     if not decay_lr:
-        return learning_rate
+        return 1.0
     progress = min(1.0, (step - warmup_iters) / max(1, lr_decay_iters - warmup_iters))
-    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
+    share = 0.5 * (1 + math.cos(math.pi * progress)) if schedule == 'cosine' else min(1.0, (1 - progress) / cooldown)
+    return share + (1 - share) * min_lr / (learning_rate or 1)
 
 
 def to_device(*tensors):
@@ -215,7 +244,7 @@ def evaluate():
 
 def save(light=False):
     """Save a checkpoint, or a light copy, and say so. If that fails training goes on, unless it is at its end."""
-    whole, moments = parallel.gather(model, optimizer)
+    whole, moments = parallel.gather(model, optimizers)
     if parallel.rank:
         return ''
     if not all(parameter.isfinite().all() for parameter in whole.parameters()):
@@ -230,15 +259,6 @@ def save(light=False):
         if last or stopping:
             end(f'\n{error}. What was saved before is intact.')
         return f'NOT SAVED: {error}'
-
-
-def log(**record):
-    if parallel.rank:
-        return
-    try:
-        append(log_path, record)
-    except OSError as error:  # a full disk is no reason to stop training
-        say(f'{log_path} could not be written: {error}')
 
 
 def synchronize():
@@ -259,27 +279,6 @@ def count_bad_steps():
 def finished():
     patience = early_stopping_patience or math.inf
     return step >= max_iters or state['evaluations_since_best'] >= patience
-
-
-stop, asked = 0, 0.0  # the signal that asked for an end, and when
-
-
-def request_stop(number, frame):
-    """Let the step in progress finish, then save and exit. A second Ctrl-C ends the process at once."""
-    global stop, asked
-    if stop == number == signal.SIGINT and time.monotonic() > asked + 1:  # launchers pass on what a terminal has sent
-        os._exit(130)
-    stop, asked = stop or number, asked or time.monotonic()
-
-
-def say(text, end='\n'):
-    """Print at once. Where nobody reads any more, after `| head` or in a closed terminal, save and exit."""
-    try:
-        print(text, end=end, flush=True)
-    except OSError as error:
-        nobody_reads()
-        if error.errno in (errno.EPIPE, errno.EIO):  # not a full disk
-            request_stop(signal.SIGTERM, None)
 
 
 # -----------------------------------------------------------------------------
@@ -303,19 +302,16 @@ if init_from == 'resume':
     say(f'resume  {path}, step {state["step"]:,}')
     say(''.join(f'        {k} was {meta["config"].get(k)!r}, is now {config[k]!r}\n' for k in changed), end='')
 
-log_path = os.path.join(out_dir, 'log.jsonl')
+log_path = os.devnull if parallel.rank else os.path.join(out_dir, 'log.jsonl')
 if not eval_only and not parallel.rank:
     with errors_in_one_sentence():
         checkpoint.own(out_dir)
-        continue_log(log_path, *((state['step'], state['evaluated']) if init_from == 'resume' else (-1, -1)))
-        write_config(os.path.join(out_dir, 'config.py'), config, state['step'])
+        report.continue_log(log_path, *((state['step'], state['evaluated']) if init_from == 'resume' else (-1, -1)))
+        report.write_config(os.path.join(out_dir, 'config.py'), config, state['step'])
 
 diverged = f'What {out_dir} holds is from before; try a lower learning_rate or a grad_clip.'
 if not eval_only:
-    for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):  # Windows has no SIGHUP, nohup ignores it
-        number = getattr(signal, name, signal.SIGTERM)
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, request_stop)
+    report.obey_signals()
 
 # -----------------------------------------------------------------------------
 # the loop
@@ -327,7 +323,7 @@ bad = torch.tensor([state['bad_steps'], state['bad_in_a_row'], 0], dtype=torch.f
 mark = time.perf_counter()
 while True:
     # Once more after the last update, so that it is evaluated and saved.
-    last, stopping = finished(), parallel.agreed(stop)
+    last, stopping = finished(), parallel.agreed(report.stop)
     due = (step % eval_interval == 0 or last) and state['evaluated'] != step
     light = save_weights_interval and step and step % save_weights_interval == 0
     if due or light or stopping or eval_only:
@@ -351,7 +347,7 @@ while True:
             say('')
             break
         if due:
-            log(step=step, val_loss=val_loss, bits_per_byte=bits, train_seconds=round(train_seconds, 3))
+            log(log_path, step=step, val_loss=val_loss, bits_per_byte=bits, train_seconds=round(train_seconds, 3))
             worthy = last or stopping or (step and (improved or always_save_checkpoint))
             say(f', {save()}' if worthy else '')
         if stopping and step > first_step and not due:
@@ -362,9 +358,11 @@ while True:
     if last or stopping:
         break
 
-    lr = learning_rate_at(step)
-    for group in optimizer.param_groups:
-        group['lr'] = lr
+    share = learning_rate_at(step)
+    lr = share * learning_rate
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group['lr'] = share * optimizer.defaults['lr']
     order = training_order(np.arange(state['windows'], state['windows'] + windows_per_step), n_windows, seed)
     padding = n_windows * block_size - (len(data.train) - 1)  # in the last window of an epoch
     targets = tokens_per_step - padding * int((order == n_windows - 1).sum())
@@ -380,15 +378,17 @@ while True:
         scaler.scale(micro_loss * parallel.world).backward()  # gradients are averaged over the processes
         loss += micro_loss.detach()
     loss = parallel.total(loss)
-    scaler.unscale_(optimizer)
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
     grad_norm = parallel.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
     # A step whose loss or gradient is not finite is skipped by the optimizer, on the device: nobody waits to know.
     is_bad = 1 - (loss.isfinite() & grad_norm.isfinite()).float()
     bad = torch.stack((bad[0] + is_bad, (bad[1] + 1) * is_bad, torch.maximum(bad[2], (bad[1] + 1) * is_bad)))
-    optimizer.found_inf = parallel.like(is_bad, model.wte.weight)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.found_inf = parallel.like(is_bad, model.wte.weight)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
     step += 1
     state |= {'step': step, 'windows': state['windows'] + windows_per_step}
 
@@ -400,7 +400,7 @@ while True:
         rate = (step - logged_step) * tokens_per_step / (seconds - logged_seconds)
         left = (max_iters - step) * (seconds - first_seconds) / (step - first_step)
         finite = {'loss': loss if math.isfinite(loss) else None, 'grad_norm': norm if math.isfinite(norm) else None}
-        log(step=step, **finite, lr=lr, tokens_per_second=round(rate), bad_steps=state['bad_steps'])
+        log(log_path, step=step, **finite, lr=lr, tokens_per_second=round(rate), bad_steps=state['bad_steps'])
         speed = f'{rate:>8,.0f} tokens/s  {duration(left)} left'
         say(f'step {step:>6,}  loss {loss:.4f}  lr {lr:.2e}  {speed}')
         logged_step, logged_seconds = step, seconds

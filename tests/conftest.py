@@ -63,6 +63,7 @@ def run(tmp_path, monkeypatch):
         out, err, code, result = io.StringIO(), io.StringIO(), 0, {}
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         monkeypatch.setattr(sys, 'argv', [script, *args])
+        sys.modules.pop('report', None)  # it remembers signals
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 result = runpy.run_path(str(ROOT / script), run_name='__main__')

@@ -19,7 +19,9 @@ def imports(path):
 def test_the_code_stays_within_its_line_budget():
     lines = {path.name: len(path.read_text().splitlines()) for path in PRODUCT}
     assert len(lines) >= 7
-    assert sum(lines.values()) <= 2400 and lines['train.py'] <= 420 and lines['model.py'] <= 520, lines
+    tools = sum(lines[name] for name in ('bench.py', 'plan.py'))
+    assert sum(lines.values()) - tools <= 2400 and tools <= 400
+    assert lines['train.py'] <= 420 and lines['model.py'] <= 520, lines
 
 
 def test_the_model_can_be_copied_out_alone_and_nobody_imports_the_loop():

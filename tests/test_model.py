@@ -1,6 +1,7 @@
 import json
 import math
 import os
+from functools import partial
 
 import huggingface_hub
 import pytest
@@ -12,7 +13,9 @@ from transformers import AutoModelForCausalLM, GPT2Model
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
-from model import GPT, IGNORE, PUBLISHED, GPTConfig, Linear, choose
+import model as model_module
+from model import GPT, IGNORE, PUBLISHED, GPTConfig, Linear
+from sample import choose, lay_out
 
 SMALL = {'vocab_size': 1000, 'block_size': 48, 'n_layer': 3, 'n_head': 4, 'n_embd': 64}
 SHAPES = [
@@ -97,14 +100,14 @@ def test_cached_generation_is_uncached_generation_beyond_the_window_too(shape, b
         prompt = out = torch.randint(0, model.config.vocab_size, (batch_size, length))
         for _ in range(new):
             out = torch.cat((out, model(out[:, -48:])[:, -1:].argmax(-1)), 1)
-        generated = torch.cat(list(model.generate(prompt, new, temperature=0)), 1)
+        generated = torch.cat(list(model.generate(prompt, new)), 1)
         assert torch.equal(generated, out[:, length:])
 
 
 @every_shape
 def test_laying_out_for_sampling_changes_no_value(tmp_path, shape):
     model, other = small_model(**shape).eval(), small_model(**shape).eval()
-    other.lay_out_for_sampling()
+    lay_out(other)
     assert not other.blocks[0].attn.proj.weight.is_contiguous()
     for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b)
@@ -119,13 +122,13 @@ def test_greedy_generation_is_that_of_transformers(tmp_path):
     model.save_pretrained(tmp_path)
     prompt = torch.randint(0, 1000, (2, 7))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).generate(prompt, max_new_tokens=30, do_sample=False)
-    assert torch.equal(torch.cat(list(model.generate(prompt, 30, temperature=0)), 1), theirs[:, 7:])
+    assert torch.equal(torch.cat(list(model.generate(prompt, 30)), 1), theirs[:, 7:])
 
 
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('shape', [(1, 1, 48), (4, 48), (5, 1, 48)])
 def test_rows_summed_one_by_one_are_a_matrix_product(monkeypatch, shape, bias):
-    layer, x = Linear(48, 96, bias=bias), torch.randn(shape)
+    layer, x = Linear(48, (64, 32), bias), torch.randn(shape)
     with torch.no_grad():
         expected = layer(x)
         monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
@@ -138,7 +141,7 @@ def test_rows_summed_one_by_one_are_a_matrix_product(monkeypatch, shape, bias):
 def test_compiled_generation_is_eager_generation(batch_size, shape):
     model = small_model(**shape).eval()
     prompt = torch.randint(0, model.config.vocab_size, (batch_size, 7))
-    eager, compiled = (list(model.generate(prompt, 20, temperature=0, compile=c)) for c in (False, True))
+    eager, compiled = (list(model.generate(prompt, 20, compile=c)) for c in (False, True))
     assert torch.equal(torch.cat(eager, 1), torch.cat(compiled, 1))
 
 
@@ -168,7 +171,7 @@ def test_sampled_frequencies_are_the_probabilities_of_transformers(way):
     warpers |= {'min_p': MinPLogitsWarper}
     reference = LogitsProcessorList([warper(way[name]) for name, warper in warpers.items() if name in way])
     expected = 100_000 * reference(None, logits.clone())[0].softmax(-1).double()
-    drawn = choose(logits.expand(100_000, -1), torch.Generator().manual_seed(2), **way)
+    drawn = choose(logits.expand(100_000, -1), None, torch.Generator().manual_seed(2), **way)
     counts = drawn.flatten().bincount(minlength=25).double()
     kept = expected > 0
     assert not counts[~kept].any()
@@ -185,9 +188,8 @@ def test_top_k_keeps_exactly_k_even_among_equals():
 def test_the_repetition_penalty_is_that_of_transformers():
     logits = torch.randn(4, 50)
     idx = logits.topk(10).indices
-    seen = torch.zeros(4, 50, dtype=torch.bool).scatter_(1, idx, True)
     reference = transformers.RepetitionPenaltyLogitsProcessor(50.0)(idx, logits.clone()).argmax(-1)
-    assert torch.equal(choose(logits, temperature=0, repetition_penalty=50.0, seen=seen)[:, 0], reference)
+    assert torch.equal(choose(logits, temperature=0, repetition_penalty=50.0, tokens=idx)[:, 0], reference)
     assert not torch.equal(choose(logits, temperature=0)[:, 0], reference)
 
 
@@ -195,7 +197,8 @@ def test_the_same_seed_draws_the_same_tokens():
     model, prompt = small_model().eval(), torch.zeros(2, 1, dtype=torch.long)
 
     def draw(seed):
-        return torch.cat(list(model.generate(prompt, 10, torch.Generator().manual_seed(seed))), 1)
+        generator = torch.Generator().manual_seed(seed)
+        return torch.cat(list(model.generate(prompt, 10, partial(choose, generator=generator))), 1)
 
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2)) and not torch.equal(*draw(1))
 
@@ -332,12 +335,13 @@ def test_a_parameter_that_init_weights_does_not_cover_is_an_error():
 
 def test_parameter_groups_hold_every_parameter_once_and_decay_only_matrices():
     model = small_model()
-    decay, no_decay = model.parameter_groups(0.1)
-    assert (decay['weight_decay'], no_decay['weight_decay']) == (0.1, 0.0)
+    groups = model.parameter_groups(0.1)
     names = {id(p): name for name, p in model.named_parameters()}
-    grouped = [names[id(p)] for p in decay['params'] + no_decay['params']]
+    grouped = [names[id(p)] for group in groups for p in group['params']]
     assert sorted(grouped) == sorted(names.values())
-    assert all(name.endswith('bias') or 'norm' in name for name in [names[id(p)] for p in no_decay['params']])
+    assert {group['weight_decay'] for group in groups} == {0.1, 0.0}
+    for name in [names[id(p)] for group in groups if not group['weight_decay'] for p in group['params']]:
+        assert name.endswith('bias') or 'norm' in name
 
 
 def test_the_padding_of_the_vocabulary_is_never_sampled_and_never_trained():
@@ -346,7 +350,7 @@ def test_the_padding_of_the_vocabulary_is_never_sampled_and_never_trained():
     assert logits.shape[-1] == 128
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(0, 65, (25_000, 1))
-    drawn = torch.cat(list(model.generate(prompts, 4, temperature=5.0, generator=generator)), 1)
+    drawn = torch.cat(list(model.generate(prompts, 4, partial(choose, temperature=5.0, generator=generator))), 1)
     assert drawn.numel() == 100_000 and drawn.max() < 65 and len(drawn.unique()) == 65
     model(torch.zeros(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.long)).backward()
     assert not model.wte.weight.grad[65:].any() and model.wte.weight.grad[:65].any()
@@ -407,3 +411,26 @@ def test_a_config_that_is_not_understood_is_refused(tmp_path, config, message):
     path.write_text('{"model_type"')
     with pytest.raises(ValueError, match='not of a model known here'):
         GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize('arch', ['gpt2', 'llama'])
+def test_a_loss_in_chunks_is_the_loss(monkeypatch, arch):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SMALL | {'arch': arch, 'tied': arch == 'gpt2'})).double()
+    x = torch.randint(0, 1000, (4, 48))
+    y = x.roll(-1, 1)
+    y[0, 5:20] = IGNORE
+    results = []
+    for chunk in (2**30, 5000):  # all rows at once, and four or five at a time
+        monkeypatch.setattr(model_module, 'CHUNK', chunk)
+        loss = model(x, y)
+        model.zero_grad()
+        (3 * loss).backward()
+        results.append((loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]))
+    (plain, gradients), (chunked, others) = results
+    assert (plain - chunked).abs() < 1e-12
+    assert all((a - b).abs().max() < 1e-12 for a, b in zip(gradients, others, strict=True))
+    with torch.no_grad():
+        assert (model(x, y) - plain).abs() < 1e-12
+    with torch.autocast('cpu', torch.bfloat16):
+        assert model.float()(x, y).item() == pytest.approx(plain.item(), rel=1e-3)

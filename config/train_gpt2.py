@@ -1,0 +1,24 @@
+# GPT-2 124M, as nanoGPT trains it: to 2.85 on OpenWebText, by its README, after 600,000 steps, four days of 8 A100.
+#
+#     torchrun --nproc_per_node=8 train.py config/train_gpt2.py
+#
+# 12 x 40 x 1,024 = 491,520 tokens a step; 600,000 steps = 295 billion tokens.
+
+out_dir = 'out-gpt2'
+dataset = 'openwebtext'
+
+batch_size = 12
+gradient_accumulation_steps = 5 * 8
+block_size = 1024
+bias = False
+
+max_iters = 600000
+lr_decay_iters = 600000
+learning_rate = 6e-4
+min_lr = 6e-5
+warmup_iters = 2000
+weight_decay = 1e-1
+beta2 = 0.95
+
+eval_interval = 1000
+log_interval = 10

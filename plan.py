@@ -1,0 +1,150 @@
+"""What a run will take, before it is paid for: `python train.py CONFIG --plan`.
+
+One step is run with tensors that have shapes but no contents (torch's FakeTensorMode), and the memory that its live
+tensors would fill is added up: what a real step takes, without the allocator's own losses and, on CUDA, about half a
+GiB for the driver; a compiled step takes less. Floating-point operations are those of GPT.flops_per_token.
+
+Under FSDP each of W devices keeps 1/W of weights, gradients and optimizer state, and has the embeddings and two blocks
+whole at a time, in the dtype computed with, and their gradients in float32 (Zhao et al., 2023, PyTorch FSDP).
+20 tokens a parameter are the best use of a number of operations (Hoffmann et al., 2022, Chinchilla).
+"""
+
+import weakref
+from contextlib import nullcontext
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from data import Dataset
+from model import GPT, PUBLISHED, GPTConfig, find_pretrained, read_config
+from muon import Muon
+from report import duration
+
+GPUS = {  # (16-bit TFLOP/s without sparsity, GiB), from the makers' data sheets
+    'T4': (65, 16), 'V100': (125, 16), 'A10': (125, 24), 'L4': (121, 24), 'L40S': (362, 48), 'A100': (312, 80),
+    'H100': (989, 80), 'H200': (989, 141), 'B200': (2250, 180), 'RTX3090': (71, 24), 'RTX4090': (165, 24),
+}  # fmt: skip
+
+
+class Memory(TorchDispatchMode):
+    """Counts the bytes of live tensors: `now`, and at the `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.seen = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and id(storage := tensor.untyped_storage()) not in self.seen:
+                self.seen.add(id(storage))
+                weakref.finalize(storage, self.free, id(storage), storage.nbytes())
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+        return result
+
+    def free(self, key, size):
+        self.seen.discard(key)
+        self.now -= size
+
+
+def dry_run(shape, knobs, micro_steps, checkpointing):
+    """Bytes on one device that has everything, {what: bytes}, of one step that is not computed."""
+    dtype = getattr(torch, knobs['dtype'])
+    autocast = nullcontext() if dtype == torch.float32 else torch.autocast('cpu', dtype)
+    held = {}
+    with FakeTensorMode(), Memory() as memory:
+        model = GPT(shape)
+        if checkpointing:
+            model.checkpoint_activations()
+        held['weights'] = memory.now
+        groups = model.parameter_groups(knobs['weight_decay'])
+        muon = [group for group in groups if 'rows' in group] if knobs['optimizer'] == 'muon' else []
+        others = [group for group in groups if 'rows' not in group] if muon else groups
+        optimizers = [torch.optim.AdamW(others, fused=True)] + ([Muon(muon)] if muon else [])
+        model.norm_f.register_forward_hook(lambda *_: held.update(activations=memory.now - before))
+        for optimizer in optimizers:  # its state is made by its first step
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+        if micro_steps == 1:  # else there are gradients from the micro-step before
+            model.zero_grad()
+        before, memory.peak = memory.now, 0
+        idx = torch.zeros(knobs['batch_size'], shape.block_size, dtype=torch.int64)
+        with autocast:
+            loss = model(idx, idx)
+        loss.backward()
+        del loss
+        for optimizer in optimizers:
+            optimizer.step()
+    held['gradients'] = held['weights']
+    held['optimizer'] = sum(
+        value.nbytes for optimizer in optimizers for state in optimizer.state.values() for value in state.values()
+    )
+    held['the rest'] = memory.peak - sum(held.values())
+    return held | {'peak': memory.peak}
+
+
+def fields_of(config):
+    """The GPTConfig fields of the model that a run would train."""
+    source = config['init_from']
+    fields = {name: config[name] for name in ('arch', 'n_layer', 'n_head', 'n_embd', 'bias', 'n_kv_head')}
+    if source in PUBLISHED:
+        fields = {'vocab_size': 50257, **PUBLISHED[source]}
+    elif source not in ('scratch', 'resume', 'auto'):
+        fields = read_config(find_pretrained(source))
+    return fields | {'block_size': config['block_size'], 'dropout': config['dropout']}
+
+
+def print_plan(config):
+    """Raises ValueError for a plan_gpu that is not known, or a shape that cannot be."""
+    gpu, gpus, mfu = config['plan_gpu'], config['plan_gpus'], config['plan_mfu']
+    if gpu not in GPUS:
+        raise ValueError(f"plan_gpu='{gpu}' is not known. Choose one of: {', '.join(GPUS)}.")
+    fields, data, dataset = fields_of(config), None, f'data/{config["dataset"]}'
+    try:
+        data = Dataset(config['dataset'])
+        fields['vocab_size'] = fields.get('vocab_size', data.vocab_size)
+        dataset += f': {len(data.train):,} tokens'
+    except FileNotFoundError:
+        dataset += ' is not prepared yet' + ('' if 'vocab_size' in fields else ": GPT-2's vocabulary is assumed")
+    shape = GPTConfig(**fields)
+    with torch.device('meta'):
+        model = GPT(shape)
+    knobs = config | {'dtype': 'bfloat16' if config['dtype'] == 'auto' else config['dtype']}
+    micro_steps = -(-config['gradient_accumulation_steps'] // gpus)
+    per_step = config['batch_size'] * config['gradient_accumulation_steps'] * shape.block_size
+    tokens, n, flops = per_step * config['max_iters'], model.count_parameters(), model.flops_per_token()
+    peak, room = GPUS[gpu]
+    seconds = tokens * flops / (peak * 1e12 * mfu * gpus)
+    epochs = f', {tokens / len(data.train):.2f} epochs' if data else ''
+    print(
+        f'model   {shape.arch}, {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide: {n:,} parameters\n'
+        f'data    {dataset}\n'
+        f'steps   {config["max_iters"]:,}, each {config["batch_size"]} x {config["gradient_accumulation_steps"]} x '
+        f'{shape.block_size} = {per_step:,} tokens: {tokens:,}{epochs}\n'
+        f'        {tokens / n:.1f} tokens a parameter; about 20 are the best use of the operations\n'
+        f'cost    {flops / 1e9:.3g} GFLOP a token, {tokens * flops:.3g} FLOP\n'
+        f'time    {duration(seconds)} on {gpus} x {gpu} at {mfu:.0%} MFU, {tokens / max(seconds, 1e-9):,.0f} tokens/s'
+    )
+    tables = model.wte.weight.numel() * (2 - shape.tied) + (model.wpe.weight.numel() if shape.arch == 'gpt2' else 0)
+    block = sum(parameter.numel() for parameter in model.blocks[0].parameters())
+    gathered = (tables + 2 * block) * (2 + 4 if knobs['dtype'] != 'float32' else 8)
+    print(f'memory  GiB a device, {knobs["dtype"]}, not compiled; {gpu} has {room}')
+    print(f'        {"weights":>24}{"gradients":>10}{"optimizer":>10}{"activations":>12}{"loss etc.":>10}{"peak":>6}')
+    too_much = []
+    for recompute in (False, True):  # activation_checkpointing
+        held = dry_run(shape, knobs, micro_steps, recompute)
+        whole = held['weights'] + held['gradients'] + held['optimizer']
+        for name, share, more in (('DDP', 1, 0), ('FSDP', gpus, gathered)):
+            name += ' recomputing' if recompute else ''
+            row = [held['weights'] / share, held['gradients'] / share, held['optimizer'] / share]
+            row += [held['activations'], held['the rest'] + more, held['peak'] - whole + whole / share + more]
+            cells = ''.join(f'{x / 2**30:>{w}.2f}' for x, w in zip(row, (8, 10, 10, 12, 10, 6), strict=True))
+            print(f'        {name:<16}{cells}')
+            too_much += [name] if row[-1] > room * 2**30 else []
+    print(f'        too much for {gpu}: {", ".join(too_much)}\n' if too_much else '', end='')
+    disk = held['weights'] + held['optimizer']
+    print(f'disk    {disk / 1e9:.2f} GB a checkpoint, {(config["keep_last"] + 1) * disk / 1e9:.2f} GB at most for all')

@@ -1,0 +1,113 @@
+"""A plan, against what a run really takes."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import GPT, PUBLISHED, GPTConfig
+from plan import dry_run
+
+BASE = {'n_layer': 1, 'n_head': 4, 'n_embd': 32, 'block_size': 32, 'batch_size': 1, 'gradient_accumulation_steps': 1}
+WIDE = {'n_layer': 2, 'n_embd': 512, 'block_size': 64}
+SHAPES = {
+    'mostly activations': {'n_layer': 8, 'n_embd': 192, 'block_size': 256, 'batch_size': 12},
+    'mostly weights': WIDE | {'n_layer': 12},
+    'recomputed': {'arch': 'qwen3', 'n_layer': 8, 'n_embd': 192, 'block_size': 256, 'batch_size': 32}
+    | {'activation_checkpointing': True, 'gradient_accumulation_steps': 2},
+    'muon': WIDE | {'n_layer': 8, 'optimizer': 'muon', 'gradient_accumulation_steps': 2},
+}
+
+
+def peak_memory(folder, shape):
+    """Bytes of the whole process that trains two steps."""
+    script = 'import runpy, sys\nsys.path.insert(0, sys.argv[1])\nsys.argv = sys.argv[2:]\n'
+    script += 'runpy.run_path(sys.argv[0], run_name="__main__")\nprint(open("/proc/self/status").read())'
+    flags = [f'--{name}={value}' for name, value in shape.items()]
+    line = [sys.executable, '-c', script, ROOT, ROOT / 'train.py', '--dataset=sheep', '--max_iters=2', *flags]
+    line += ['--device=cpu', '--dtype=float32', f'--out_dir=out-{len(list(folder.iterdir()))}']
+    environment = os.environ | {'MALLOC_MMAP_THRESHOLD_': '65536'}  # give back at once what is freed
+    result = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
+    return 1024 * int(re.search(r'VmHWM:\s+(\d+) kB', result.stdout)[1])
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='it reads /proc')
+def test_planned_memory_is_what_a_run_takes(sheep, tmp_path):
+    nothing = peak_memory(tmp_path, BASE)
+    for name, changes in SHAPES.items():
+        shape = {'arch': 'gpt2', 'optimizer': 'adamw'} | BASE | changes
+        fields = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size')
+        config = GPTConfig(vocab_size=257, **{name: shape[name] for name in fields})
+        planned = dry_run(
+            config,
+            shape | {'dtype': 'float32', 'weight_decay': 0.1},
+            shape['gradient_accumulation_steps'],
+            shape.get('activation_checkpointing', False),
+        )
+        assert sum(planned.values()) == 2 * planned['peak'], name
+        assert peak_memory(tmp_path, shape) - nothing == pytest.approx(planned['peak'], rel=0.15), (name, planned)
+
+
+@pytest.mark.parametrize('arch', ['gpt2', 'qwen3', 'llama'])
+def test_operations_are_those_that_a_profiler_counts(arch):
+    kv = None if arch == 'gpt2' else 2
+    config = GPTConfig(arch=arch, vocab_size=512, block_size=128, n_layer=3, n_head=4, n_embd=128, n_kv_head=kv)
+    model, idx = GPT(config), torch.zeros(2, 128, dtype=torch.int64)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(idx, idx).backward()
+    assert counter.get_total_flops() / idx.numel() == pytest.approx(model.flops_per_token(), rel=0.02)
+
+
+def test_the_plan_of_a_published_model_says_what_is_known_of_it(run):
+    result = run('train.py', '--plan', '--init_from=gpt2', '--dataset=none', '--plan_gpus=8', '--plan_gpu=A100')
+    assert result.code == 0, result.err
+    out = result.out
+    assert '124,439,808 parameters' in out and 'data/none is not prepared yet' in out
+    assert '12 x 40 x 1024 = 491,520 tokens: 294,912,000,000' in out
+    flops = 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
+    assert f'{flops / 1e9:.3g} GFLOP a token' in out
+    hours = 294_912_000_000 * flops / (8 * 312e12 * 0.4) / 3600
+    assert f'time    {int(hours)}h' in out and '8 x A100 at 40% MFU' in out
+    peaks = {row[:24].strip(): float(row.split()[-1]) for row in out.splitlines() if 'DP' in row}
+    assert peaks['FSDP'] < peaks['DDP'] and peaks['DDP recomputing'] < peaks['DDP']
+    assert all(len(line) <= 80 for line in out.splitlines())
+
+
+def test_a_plan_writes_nothing_and_what_cannot_fit_is_said(sheep, run, tmp_path):
+    before = sorted(tmp_path.rglob('*'))
+    result = run('train.py', '--plan', '--dataset=sheep', *TINY, '--n_embd=64', '--plan_gpu=T4', '--batch_size=9999999')
+    assert result.code == 0 and sorted(tmp_path.rglob('*')) == before
+    assert 'too much for T4: DDP, FSDP, DDP recomputing, FSDP recomputing' in result.out and 'epochs' in result.out
+
+
+@pytest.mark.parametrize(
+    ('flag', 'message'),
+    [
+        ('--plan_gpu=H1000', "plan_gpu='H1000' is not known. Choose one of: T4, "),
+        ('--plan_gpus=0', 'plan_gpus=0: must be from 1'),
+        ('--n_head=7', 'n_embd=32 must be a multiple of n_head=7'),
+        ('--init_from=nowhere', 'There is no folder nowhere'),
+    ],
+)
+def test_bad_plans_get_one_sentence(sheep, run, flag, message):
+    result = run('train.py', '--plan', '--dataset=sheep', *TINY, flag)
+    assert result.code == 1 and message in result.err and 'Traceback' not in result.err
+
+
+def test_recomputing_activations_changes_nothing(sheep, run, tmp_path):
+    flags = ['--dataset=sheep', *TINY, '--max_iters=5', '--log_interval=1', '--dropout=0.1']
+    results = [run('train.py', *flags, f'--activation_checkpointing={on}', f'--out_dir={on}') for on in (True, False)]
+    losses = [re.findall(r'loss \d+\.\d+', result.out) for result in results]
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+
+
+def test_all_published_sizes_can_be_planned():
+    assert set(PUBLISHED) == {'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'}
+    with torch.device('meta'):
+        assert GPT(GPTConfig(**PUBLISHED['gpt2-xl'])).count_parameters() == 1_557_611_200
