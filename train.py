@@ -97,11 +97,10 @@ with errors_in_one_sentence():
     check(config, 0, 10**18, 'learning_rate muon_lr min_lr weight_decay grad_clip')
     check(config, 0, 1 - 1e-6, 'beta1 beta2 muon_momentum')
     check(config, 1e-6, 1, 'cooldown plan_mfu')
-    choices = {'optimizer': ('adamw', 'muon'), 'schedule': ('cosine', 'wsd')}
-    choices |= {'dtype': ('auto', 'float32', 'bfloat16', 'float16')}
+    choices = {'optimizer': 'adamw muon', 'schedule': 'cosine wsd', 'dtype': 'auto float32 bfloat16 float16'}
     for name, known in choices.items():
-        if config[name] not in known:
-            raise ValueError(f"{name}='{config[name]}' must be one of: {', '.join(known)}.")
+        if config[name] not in known.split():
+            raise ValueError(f"{name}='{config[name]}' must be one of: {known.replace(' ', ', ')}.")
     if not out_dir:
         raise ValueError('out_dir is empty: name a folder.')
     if plan:
@@ -144,8 +143,8 @@ with errors_in_one_sentence():
         )
     shape = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'n_kv_head')
     knobs = {name: config[name] for name in shape}
-    state = {'step': 0, 'windows': 0, 'train_seconds': 0.0, 'bad_steps': 0, 'bad_in_a_row': 0}
-    state |= {'evaluated': -1, 'best_val_loss': math.inf, 'best_step': 0, 'evaluations_since_best': 0}
+    state = {'step': 0, 'windows': 0, 'train_seconds': 0.0, 'bad_steps': 0, 'bad_in_a_row': 0, 'evaluated': -1}
+    state |= {'best_val_loss': math.inf, 'best_step': 0, 'evaluations_since_best': 0}
     if init_from == 'scratch':
         torch.manual_seed(seed)
         model = GPT(GPTConfig(vocab_size=data.vocab_size, dropout=dropout, **knobs))
@@ -160,6 +159,8 @@ with errors_in_one_sentence():
                 f'asks for another model: resume with python train.py {out_dir}/config.py --init_from=resume'
             )
         meta, train_state = checkpoint.read_meta(path), checkpoint.load_state(path)
+        if meta['config']['optimizer'] != optimizer:
+            raise ValueError(f"{path} was trained with optimizer='{meta['config']['optimizer']}': it takes no other.")
         if meta['data'] != data.fingerprint():
             raise ValueError(f'{data.folder} has changed since {path}: prepare the same again, or start a new run.')
         state = train_state['state']
@@ -358,11 +359,10 @@ while True:
     if last or stopping:
         break
 
-    share = learning_rate_at(step)
-    lr = share * learning_rate
+    lr_share = learning_rate_at(step)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group['lr'] = share * optimizer.defaults['lr']
+            group['lr'] = lr_share * optimizer.defaults['lr']
     order = training_order(np.arange(state['windows'], state['windows'] + windows_per_step), n_windows, seed)
     padding = n_windows * block_size - (len(data.train) - 1)  # in the last window of an epoch
     targets = tokens_per_step - padding * int((order == n_windows - 1).sum())
@@ -400,6 +400,7 @@ while True:
         rate = (step - logged_step) * tokens_per_step / (seconds - logged_seconds)
         left = (max_iters - step) * (seconds - first_seconds) / (step - first_step)
         finite = {'loss': loss if math.isfinite(loss) else None, 'grad_norm': norm if math.isfinite(norm) else None}
+        lr = lr_share * learning_rate
         log(log_path, step=step, **finite, lr=lr, tokens_per_second=round(rate), bad_steps=state['bad_steps'])
         speed = f'{rate:>8,.0f} tokens/s  {duration(left)} left'
         say(f'step {step:>6,}  loss {loss:.4f}  lr {lr:.2e}  {speed}')

@@ -1,25 +1,31 @@
-# A small GPT that learns to write plays, on a laptop's CPU, in under three minutes of training.
+# A small GPT that learns to write plays, on a laptop's CPU, in a minute and a half of training.
 #
 #     python prepare.py
 #     python train.py config/train_shakespeare.py
 #
-# 8 x 128 = 1,024 tokens a step; 1,300 steps = 1.3 million tokens = 1 epoch.
+# 8 x 128 = 1,024 tokens a step; 600 steps = 614 thousand tokens = 0.46 epochs. What makes it fast is said in
+# train_shakespeare_char.py.
 
 out_dir = 'out-shakespeare'
 dataset = 'shakespeare'
 
-n_layer = 4
+arch = 'qwen3'
+n_layer = 3
 n_head = 4
 n_embd = 128
 block_size = 128
-bias = False
 
 batch_size = 8
 gradient_accumulation_steps = 1
-max_iters = 1300
-learning_rate = 3e-3  # small models like it high
-warmup_iters = 50
-beta2 = 0.99  # few tokens a step: average the squared gradients over more of them
+max_iters = 600
+optimizer = 'muon'
+muon_lr = 0.02
+muon_momentum = 0.9
+learning_rate = 1e-2
+beta1 = 0.8
+weight_decay = 0.0
+schedule = 'wsd'
+cooldown = 0.9
 
-eval_interval = 500
+eval_interval = 200
 log_interval = 50

@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT, TINY, command
+from conftest import ROOT, TEXT, TINY, command
 from safetensors.torch import load_file
 
 from data import IGNORE, Dataset, count_windows, training_order, windows
@@ -509,3 +509,37 @@ def test_a_dataset_that_does_not_match_its_meta_is_refused(run, sheep):
         file.write(b'\0\0')
     result = train(run, code=1)
     assert 'data/sheep is damaged, make it again with: python prepare.py' in result.err
+
+
+def test_wsd_is_warmup_then_constant_then_straight_down(run, sheep, tmp_path):
+    flags = ['--schedule=wsd', '--cooldown=0.5', '--warmup_iters=2', '--max_iters=12', '--learning_rate=1e-2']
+    train(run, *flags, '--optimizer=muon', '--log_interval=1')
+    falling = [0.01 * (10 - i) / 5 for i in range(6, 10)]
+    expected = [0.01 / 3, 0.02 / 3, *[0.01] * 6, *falling]
+    assert list(losses(tmp_path / 'out', 'lr').values()) == pytest.approx(expected)
+
+
+def test_muon_falls_by_the_same_share(run, sheep):
+    flags = ['--optimizer=muon', '--muon_lr=0.04', '--learning_rate=1e-2', '--min_lr=5e-3', '--lr_decay_iters=2']
+    adamw, muon = train(run, *flags, '--max_iters=6').globals['optimizers']
+    assert {group['lr'] for group in adamw.param_groups} == {pytest.approx(5e-3)}
+    assert {group['lr'] for group in muon.param_groups} == {pytest.approx(0.02)}
+
+
+@pytest.mark.parametrize(('name', 'known'), [('optimizer', 'adamw, muon'), ('schedule', 'cosine, wsd')])
+def test_a_misspelt_choice_names_what_there_is(run, sheep, name, known):
+    assert f"{name}='other' must be one of: {known}." in train(run, f'--{name}=other', code=1).err
+
+
+def test_a_run_does_not_go_on_with_another_optimizer(run, sheep):
+    train(run, '--max_iters=2')
+    result = train(run, '--max_iters=3', '--init_from=resume', '--optimizer=muon', code=1)
+    assert "was trained with optimizer='adamw': it takes no other." in result.err
+
+
+def test_every_config_can_be_planned(run):
+    configs = sorted((ROOT / 'config').glob('*.py'))
+    assert len(configs) > 4
+    for config in configs:
+        result = run('train.py', str(config), '--plan', '--dataset=none')
+        assert result.code == 0 and 'time ' in result.out, (config, result.err)
