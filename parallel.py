@@ -5,6 +5,7 @@ everything here does nothing. Tensors on the CPU go through gloo, those on CUDA 
 """
 
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -50,13 +51,17 @@ def join(device, backend, gradient_accumulation_steps):
     return device
 
 
-def leave():
-    """Part from the other processes, once all have come this far: what one has under way may need the others."""
-    if launched:
-        if _asked is not None:
-            _asked[0].wait()
-        dist.barrier()
-        dist.destroy_process_group()
+def leave(status):
+    """End all processes, once they have come this far: what one has under way may need the others. One: do nothing."""
+    if not launched:
+        return
+    if _asked is not None:
+        _asked[0].wait()
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # gloo's threads, which a mesh keeps alive, now and then abort when the interpreter is taken down
 
 
 def total(tensor):

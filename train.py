@@ -408,7 +408,7 @@ while True:
 
 if stopping and not last:
     say(f'Go on with: python train.py {shlex.quote(out_dir + "/config.py")} --init_from=resume')
-    parallel.leave()
+    parallel.leave(128 + stopping)
     sys.exit(128 + stopping)
 if not eval_only:
     if step < max_iters:
@@ -417,4 +417,4 @@ if not eval_only:
         f'{duration(train_seconds)} of training steps. Best validation loss {state["best_val_loss"]:.4f}, at step '
         f'{state["best_step"]:,}.\nSample from it with: python sample.py --out_dir={shlex.quote(out_dir)}'
     )
-parallel.leave()
+parallel.leave(0)

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, TEXT, TINY, command
 from safetensors.torch import load_file
 
+import model as model_module
 from data import IGNORE, Dataset, count_windows, training_order, windows
 from model import GPT
 
@@ -543,3 +544,18 @@ def test_every_config_can_be_planned(run):
     for config in configs:
         result = run('train.py', str(config), '--plan', '--dataset=none')
         assert result.code == 0 and 'time ' in result.out, (config, result.err)
+
+
+@pytest.mark.parametrize('what', ['a loss in chunks', pytest.param('compilation', marks=pytest.mark.slow)])
+def test_what_is_for_speed_does_not_change_where_a_run_ends(run, sheep, tmp_path, monkeypatch, what):
+    for seed in (1, 2, 3):
+        flags = ['--max_iters=30', f'--seed={seed}', '--arch=qwen3', '--optimizer=muon', '--eval_interval=30']
+        train(run, *flags, out=f'plain{seed}')
+        if what == 'compilation':
+            train(run, *flags, '--compile', out=f'fast{seed}')
+        else:
+            with monkeypatch.context() as context:
+                context.setattr(model_module, 'CHUNK', 10_000)
+                train(run, *flags, out=f'fast{seed}')
+        ends = [losses(tmp_path / f'{name}{seed}')[30] for name in ('plain', 'fast')]
+        assert ends[0] == pytest.approx(ends[1], abs=1e-4) and ends[0] < 5.4
