@@ -9,6 +9,7 @@
 
 import copy
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -147,8 +148,11 @@ def step():
 def race():
     """Seconds of training steps until the recipe's validation loss is the baseline's at its end, seed by seed.
 
-    Evaluations are of the whole split, every tenth of the recipe, and not in the seconds; compilation would be.
+    Evaluations are of the whole split, every ten steps of the recipe, and not in the seconds; compilation would be.
     """
+    for config in (baseline, recipe):
+        if not (Path(config).exists() or (Path(__file__).parent / config).exists()):
+            raise ValueError(f'There is no config file {config}.')
     here, rows = Path(__file__).parent, []
     print(f'{recipe} against {baseline} on {dataset}')
     print(f'{"seed":>4}{"baseline":>20}{"recipe at its end":>22}{"as far after":>16}{"sooner":>10}')
@@ -164,14 +168,16 @@ def race():
                 if result.returncode:
                     raise ValueError(f'{config} did not run: {result.stderr.strip()}')
                 log = [json.loads(record) for record in Path(folder, 'log.jsonl').read_text().splitlines()]
-                ran.append([(r['val_loss'], r['train_seconds']) for r in log if 'val_loss' in r])
+                ran.append([(r['val_loss'], r['train_seconds']) for r in log if r['step'] and 'val_loss' in r])
         (goal, slow), (end, fast) = ran[0][-1], ran[1][-1]
-        soon = next((seconds for loss, seconds in ran[1] if loss <= goal), float('inf'))
+        soon = next((seconds for loss, seconds in ran[1] if loss <= goal), math.inf)
         rows.append({'seed': seed, 'baseline': [goal, slow], 'recipe': [end, fast], 'seconds': soon})
         cells = f'{goal:.4f} in {slow:.1f} s', f'{end:.4f} in {fast:.1f} s', f'{soon:.1f} s', f'{slow / soon:.2f} x'
         print('{:>4}{:>20}{:>22}{:>16}{:>10}'.format(seed, *cells), flush=True)
     ratios = sorted(row['baseline'][1] / row['seconds'] for row in rows)
     print(f'sooner: median {statistics.median(ratios):.2f} x, from {ratios[0]:.2f} to {ratios[-1]:.2f}')
+    never = {math.inf: None}
+    rows = [row | {'seconds': never.get(row['seconds'], row['seconds'])} for row in rows]
     return {'seeds': rows, 'median': statistics.median(ratios)}
 
 

@@ -176,7 +176,7 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, targets, n):
-        total, dx, dw, training = 0.0, [], torch.zeros_like(weight), any(ctx.needs_input_grad)
+        total, dx, dw, training = 0.0, [], full(torch.zeros_like(weight)), any(ctx.needs_input_grad)
         for part, target in zip(x.split(n), targets.split(n), strict=True):
             logits, index = full(F.linear(part, weight, bias)), target.clamp(min=0)[:, None]
             counted, normalizer = (target != IGNORE)[:, None], logits.logsumexp(-1, keepdim=True)
@@ -187,14 +187,14 @@ class ChunkedLoss(torch.autograd.Function):
                 dx.append((error @ weight).to(x.dtype))
                 autocast = torch.is_autocast_enabled(x.device.type)
                 dw = dw.add_(error.mT @ part) if autocast else dw.addmm_(error.mT, part)
-        ctx.count = (targets != IGNORE).sum()
+        ctx.count, ctx.dtype = (targets != IGNORE).sum(), weight.dtype
         ctx.save_for_backward(torch.cat(dx) if training else None, dw)
         return total / ctx.count
 
     @staticmethod
     def backward(ctx, gradient):
         dx, dw = (saved.mul_(gradient / ctx.count) for saved in ctx.saved_tensors)  # in place: for one backward pass
-        return dx, dw, None, None, None
+        return dx, dw.to(ctx.dtype), None, None, None
 
 
 class GPT(nn.Module):

@@ -18,6 +18,17 @@ rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1
 launched = 'RANK' in os.environ
 
 
+def check_division(micro_steps, processes):
+    """Raises ValueError unless each process gets as many micro-batches."""
+    if micro_steps % processes:
+        below = micro_steps // processes * processes
+        nearest = f'{below} or {below + processes}' if below else processes
+        raise ValueError(
+            f'gradient_accumulation_steps={micro_steps} micro-batches cannot be divided over {processes} processes: '
+            f'use {nearest}.'
+        )
+
+
 def join(device, backend, gradient_accumulation_steps):
     """Meet the other processes. Returns the device of this one. Raises ValueError where that cannot be."""
     kind = torch.device(device).type
@@ -25,13 +36,7 @@ def join(device, backend, gradient_accumulation_steps):
         if torch.device(device).index is not None:  # 'cuda:1'; plain 'cuda' is the current one
             torch.cuda.set_device(device)
         return device
-    if gradient_accumulation_steps % world:
-        below = gradient_accumulation_steps // world * world
-        nearest = f'{below} or {below + world}' if below else world
-        raise ValueError(
-            f'gradient_accumulation_steps={gradient_accumulation_steps} micro-batches cannot be divided over {world} '
-            f'processes: use {nearest}.'
-        )
+    check_division(gradient_accumulation_steps, world)
     if kind == 'mps':
         raise ValueError("device='mps' is for one process only: use --device=cpu with torchrun.")
     if backend not in (None, 'nccl', 'gloo'):

@@ -9,6 +9,7 @@ whole at a time, in the dtype computed with, and their gradients in float32 (Zha
 20 tokens a parameter are the best use of a number of operations (Hoffmann et al., 2022, Chinchilla).
 """
 
+import warnings
 import weakref
 from contextlib import nullcontext
 
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from data import Dataset
 from model import GPT, PUBLISHED, GPTConfig, find_pretrained, read_config
 from muon import Muon
+from parallel import check_division
 from report import duration
 
 GPUS = {  # (16-bit TFLOP/s without sparsity, GiB), from the makers' data sheets
@@ -50,8 +52,11 @@ class Memory(TorchDispatchMode):
         self.now -= size
 
 
-def dry_run(shape, knobs, micro_steps, checkpointing):
-    """Bytes on one device that has everything, {what: bytes}, of one step that is not computed."""
+def dry_run(shape, knobs, checkpointing):
+    """Bytes on one device that has everything, {what: bytes}, of one step that is not computed.
+
+    There are gradients from the start, as in every micro-step but the first.
+    """
     dtype = getattr(torch, knobs['dtype'])
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast('cpu', dtype)
     held = {}
@@ -69,8 +74,6 @@ def dry_run(shape, knobs, micro_steps, checkpointing):
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
-        if micro_steps == 1:  # else there are gradients from the micro-step before
-            model.zero_grad()
         before, memory.peak = memory.now, 0
         idx = torch.zeros(knobs['batch_size'], shape.block_size, dtype=torch.int64)
         with autocast:
@@ -95,12 +98,15 @@ def fields_of(config):
         fields = {'vocab_size': 50257, **PUBLISHED[source]}
     elif source not in ('scratch', 'resume', 'auto'):
         fields = read_config(find_pretrained(source))
+        if config['block_size'] > fields['block_size']:
+            raise ValueError(f'block_size={config["block_size"]} is more than the {fields["block_size"]} of {source}.')
     return fields | {'block_size': config['block_size'], 'dropout': config['dropout']}
 
 
 def print_plan(config):
     """Raises ValueError for a plan_gpu that is not known, or a shape that cannot be."""
     gpu, gpus, mfu = config['plan_gpu'], config['plan_gpus'], config['plan_mfu']
+    check_division(config['gradient_accumulation_steps'], gpus)
     if gpu not in GPUS:
         raise ValueError(f"plan_gpu='{gpu}' is not known. Choose one of: {', '.join(GPUS)}.")
     fields, data, dataset = fields_of(config), None, f'data/{config["dataset"]}'
@@ -111,10 +117,11 @@ def print_plan(config):
     except FileNotFoundError:
         dataset += ' is not prepared yet' + ('' if 'vocab_size' in fields else ": GPT-2's vocabulary is assumed")
     shape = GPTConfig(**fields)
+    if (tokens := config['batch_size'] * shape.block_size) * shape.padded_vocab_size > 2**35:
+        raise ValueError(f'{tokens:,} tokens at once, batch_size x block_size, are more than any device has room for.')
     with torch.device('meta'):
         model = GPT(shape)
     knobs = config | {'dtype': 'bfloat16' if config['dtype'] == 'auto' else config['dtype']}
-    micro_steps = -(-config['gradient_accumulation_steps'] // gpus)
     per_step = config['batch_size'] * config['gradient_accumulation_steps'] * shape.block_size
     tokens, n, flops = per_step * config['max_iters'], model.count_parameters(), model.flops_per_token()
     peak, room = GPUS[gpu]
@@ -127,7 +134,8 @@ def print_plan(config):
         f'{shape.block_size} = {per_step:,} tokens: {tokens:,}{epochs}\n'
         f'        {tokens / n:.1f} tokens a parameter; about 20 are the best use of the operations\n'
         f'cost    {flops / 1e9:.3g} GFLOP a token, {tokens * flops:.3g} FLOP\n'
-        f'time    {duration(seconds)} on {gpus} x {gpu} at {mfu:.0%} MFU, {tokens / max(seconds, 1e-9):,.0f} tokens/s'
+        f'time    {duration(seconds)} on {gpus} x {gpu} at {mfu:.0%} of {peak} TFLOP/s, '
+        f'{tokens / max(seconds, 1e-9):,.0f} tokens/s'
     )
     tables = model.wte.weight.numel() * (2 - shape.tied) + (model.wpe.weight.numel() if shape.arch == 'gpt2' else 0)
     block = sum(parameter.numel() for parameter in model.blocks[0].parameters())
@@ -136,9 +144,10 @@ def print_plan(config):
     print(f'        {"weights":>24}{"gradients":>10}{"optimizer":>10}{"activations":>12}{"loss etc.":>10}{"peak":>6}')
     too_much = []
     for recompute in (False, True):  # activation_checkpointing
-        held = dry_run(shape, knobs, micro_steps, recompute)
+        with warnings.catch_warnings(action='ignore'):
+            held = dry_run(shape, knobs, recompute)
         whole = held['weights'] + held['gradients'] + held['optimizer']
-        for name, share, more in (('DDP', 1, 0), ('FSDP', gpus, gathered)):
+        for name, share, more in (('DDP', 1, 0), ('FSDP', gpus, gathered))[: 1 + (gpus > 1)]:
             name += ' recomputing' if recompute else ''
             row = [held['weights'] / share, held['gradients'] / share, held['optimizer'] / share]
             row += [held['activations'], held['the rest'] + more, held['peak'] - whole + whole / share + more]

@@ -66,7 +66,7 @@ grad_clip = 1.0  # clip the gradient's norm to this; 0.0 does not clip
 decay_lr = True  # False keeps it constant after the warmup
 warmup_iters = 0  # steps of linear warmup
 schedule = 'cosine'  # how it falls after that: 'cosine', or 'wsd': not at all, then straight down
-cooldown = 0.4  # of 'wsd': the last share of the steps, in which it falls; 1.0 is a straight line
+cooldown = 0.4  # of 'wsd': the last share of the steps after the warmup, in which it falls; 1.0: all
 lr_decay_iters: int | None = None  # the step at which it has fallen; None: max_iters
 min_lr: float | None = None  # AdamW's lowest, Muon's is the same share of its highest; None: a tenth, of 'wsd' 0
 # system
@@ -159,8 +159,8 @@ with errors_in_one_sentence():
                 f'asks for another model: resume with python train.py {out_dir}/config.py --init_from=resume'
             )
         meta, train_state = checkpoint.read_meta(path), checkpoint.load_state(path)
-        if meta['config']['optimizer'] != optimizer:
-            raise ValueError(f"{path} was trained with optimizer='{meta['config']['optimizer']}': it takes no other.")
+        if (its := meta['config'].get('optimizer')) != optimizer:
+            raise ValueError(f"{path} was trained with optimizer='{its}': it takes no other.")
         if meta['data'] != data.fingerprint():
             raise ValueError(f'{data.folder} has changed since {path}: prepare the same again, or start a new run.')
         state = train_state['state']

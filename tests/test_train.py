@@ -523,8 +523,8 @@ def test_wsd_is_warmup_then_constant_then_straight_down(run, sheep, tmp_path):
 def test_muon_falls_by_the_same_share(run, sheep):
     flags = ['--optimizer=muon', '--muon_lr=0.04', '--learning_rate=1e-2', '--min_lr=5e-3', '--lr_decay_iters=2']
     adamw, muon = train(run, *flags, '--max_iters=6').globals['optimizers']
-    assert {group['lr'] for group in adamw.param_groups} == {pytest.approx(5e-3)}
-    assert {group['lr'] for group in muon.param_groups} == {pytest.approx(0.02)}
+    assert [group['lr'] for group in adamw.param_groups] == pytest.approx([5e-3] * len(adamw.param_groups))
+    assert [group['lr'] for group in muon.param_groups] == pytest.approx([0.02] * len(muon.param_groups))
 
 
 @pytest.mark.parametrize(('name', 'known'), [('optimizer', 'adamw, muon'), ('schedule', 'cosine, wsd')])
@@ -543,7 +543,7 @@ def test_every_config_can_be_planned(run):
     assert len(configs) > 4
     for config in configs:
         result = run('train.py', str(config), '--plan', '--dataset=none')
-        assert result.code == 0 and 'time ' in result.out, (config, result.err)
+        assert result.code == 0 and 'time ' in result.out and not result.err, (config, result.err)
 
 
 @pytest.mark.parametrize('what', ['a loss in chunks', pytest.param('compilation', marks=pytest.mark.slow)])
