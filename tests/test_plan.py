@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -17,30 +19,33 @@ from plan import dry_run
 BASE = {'n_layer': 1, 'n_head': 4, 'n_embd': 32, 'block_size': 32, 'batch_size': 1, 'gradient_accumulation_steps': 1}
 WIDE = {'n_layer': 2, 'n_embd': 512, 'block_size': 64}
 SHAPES = {
-    'mostly activations': {'n_layer': 8, 'n_embd': 192, 'block_size': 256, 'batch_size': 12},
-    'mostly weights': WIDE | {'n_layer': 12},
-    'recomputed': {'arch': 'qwen3', 'n_layer': 8, 'n_embd': 192, 'block_size': 256, 'batch_size': 32}
+    'mostly activations': {'n_layer': 6, 'n_embd': 192, 'block_size': 256, 'batch_size': 12},
+    'mostly weights': WIDE | {'n_layer': 8},
+    'recomputed': {'arch': 'qwen3', 'n_layer': 6, 'n_embd': 192, 'block_size': 256, 'batch_size': 12}
     | {'activation_checkpointing': True, 'gradient_accumulation_steps': 2},
-    'muon': WIDE | {'n_layer': 8, 'optimizer': 'muon', 'gradient_accumulation_steps': 2},
+    'muon': WIDE | {'n_layer': 6, 'optimizer': 'muon', 'gradient_accumulation_steps': 2},
 }
 
 
-def peak_memory(folder, shape):
+def peak_memory(folder, name, shape):
     """Bytes of the whole process that trains two steps."""
     script = 'import runpy, sys\nsys.path.insert(0, sys.argv[1])\nsys.argv = sys.argv[2:]\n'
     script += 'runpy.run_path(sys.argv[0], run_name="__main__")\nprint(open("/proc/self/status").read())'
     flags = [f'--{name}={value}' for name, value in shape.items()]
     line = [sys.executable, '-c', script, ROOT, ROOT / 'train.py', '--dataset=sheep', '--max_iters=2', *flags]
-    line += ['--device=cpu', '--dtype=float32', f'--out_dir=out-{len(list(folder.iterdir()))}']
-    environment = os.environ | {'MALLOC_MMAP_THRESHOLD_': '65536'}  # give back at once what is freed
+    line += ['--device=cpu', '--dtype=float32', f'--out_dir=out {name}']
+    # Give back at once what is freed.
+    environment = os.environ | {'MALLOC_MMAP_THRESHOLD_': '65536', 'OMP_NUM_THREADS': '1'}
     result = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
     return 1024 * int(re.search(r'VmHWM:\s+(\d+) kB', result.stdout)[1])
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='it reads /proc')
 def test_planned_memory_is_what_a_run_takes(sheep, tmp_path):
-    nothing = peak_memory(tmp_path, BASE)
-    for name, changes in SHAPES.items():
+    with ThreadPoolExecutor(2) as pool:
+        shapes = [BASE, *(BASE | changes for changes in SHAPES.values())]
+        nothing, *peaks = pool.map(partial(peak_memory, tmp_path), ['nothing', *SHAPES], shapes)
+    for (name, changes), peak in zip(SHAPES.items(), peaks, strict=True):
         shape = {'arch': 'gpt2', 'optimizer': 'adamw'} | BASE | changes
         fields = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size')
         config = GPTConfig(vocab_size=257, **{name: shape[name] for name in fields})
@@ -50,7 +55,7 @@ def test_planned_memory_is_what_a_run_takes(sheep, tmp_path):
             shape.get('activation_checkpointing', False),
         )
         assert sum(planned.values()) == 2 * planned['peak'] and min(planned.values()) >= 0, (name, planned)
-        assert peak_memory(tmp_path, shape) - nothing == pytest.approx(planned['peak'], rel=0.15), (name, planned)
+        assert peak - nothing == pytest.approx(planned['peak'], rel=0.15), (name, planned)
 
 
 @pytest.mark.parametrize('arch', ['gpt2', 'qwen3', 'llama'])
