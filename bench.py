@@ -5,11 +5,16 @@
     python bench.py step --device=cuda --dtype=bfloat16 --batch_size=16
     python bench.py sample                    # GPT-2 124M writes one sequence
     python bench.py sample --device=cuda --dtype=bfloat16 --ways=ours,compiled
+    python bench.py prepare --corpus_mb=1000  # tokenizing a text with one and with all cores
+    python bench.py data                      # batches of it, without a model
 """
 
 import copy
 import json
 import math
+import os
+import random
+import re
 import resource
 import statistics
 import subprocess
@@ -19,9 +24,12 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from configurator import check, configure, errors_in_one_sentence, pick_device
+import tokenizer
+from configurator import can_compile, check, configure, errors_in_one_sentence, pick_device
+from data import count_windows, training_order, windows
 from model import GPT, PUBLISHED, GPTConfig
 from sample import lay_out
 
@@ -37,6 +45,7 @@ baseline = 'config/baseline_shakespeare_char.py'  # a race's recipes: how far it
 recipe = 'config/train_shakespeare_char.py'  # and how soon this one is as far
 device = 'auto'  # 'cuda', 'mps', 'cpu'; 'auto' takes the first there is
 dtype = 'float32'  # 'float32' or 'bfloat16'
+corpus_mb = 200  # megabytes of text to prepare
 ways: str | None = None  # what to measure, by the names in the table; one alone shows its peak memory; None: all
 json_file: str | None = None  # write the figures there, too
 # -----------------------------------------------------------------------------
@@ -55,7 +64,7 @@ def sample():
     torch.manual_seed(0)
     place = torch.device(pick_device(device))
     model = GPT(GPTConfig(arch=arch, **PUBLISHED[size])).to(place, getattr(torch, dtype)).eval()
-    names = (ways or 'uncached,ours,compiled,transformers').split(',')
+    names = pick_ways(place, 'uncached,ours,compiled,transformers')
     plain = copy.deepcopy(model) if 'uncached' in names or 'compiled' in names else None
     theirs = in_transformers(model) if 'transformers' in names else None
     if place.type == 'cpu':  # as sample.py does
@@ -67,7 +76,6 @@ def sample():
         'compiled': lambda n: torch.cat(list(plain.generate(idx, n, compile=True)), 1),
         'transformers': lambda n: theirs.generate(idx, max_new_tokens=n, min_new_tokens=n, do_sample=False),
     }
-    check_ways(names, known)
     rates = {(name, n): [] for name in names for n in (64, 256)}
     with torch.inference_mode():
         for name in names:
@@ -107,8 +115,7 @@ def step():
     place = torch.device(pick_device(device))
     torch.set_float32_matmul_precision('high')
     autocast = nullcontext() if dtype == 'float32' else torch.autocast(place.type, torch.bfloat16)
-    names = (ways or 'plain,ours,plain compiled,ours compiled').split(',')
-    check_ways(names, ('plain', 'ours', 'plain compiled', 'ours compiled'))
+    names = pick_ways(place, 'plain,ours,plain compiled,ours compiled')
     idx = torch.randint(0, 50257, (batch_size, block_size), generator=torch.Generator().manual_seed(0)).to(place)
     runs, times = {}, {name: [] for name in names}
     ceiling = gemm_rate(place)
@@ -181,6 +188,77 @@ def race():
     return {'seeds': rows, 'median': statistics.median(ratios)}
 
 
+def prepare():
+    """MB/s of prepare.py, and the memory of all its processes, beside what the cores could do in tiktoken alone.
+
+    The text is synthetic: lines of the bundled Shakespeare at random, in documents of 75 lines, 3 kB, on average.
+    """
+    here, cores = Path(__file__).parent, os.process_cpu_count() if hasattr(os, 'process_cpu_count') else os.cpu_count()
+    rng, lines = random.Random(0), (here / 'corpus' / 'shakespeare.txt').read_text().splitlines(keepends=True)
+    with tempfile.TemporaryDirectory() as folder:
+        with open(Path(folder, 'text.txt'), 'w') as file:
+            while file.tell() < corpus_mb * 10**6:
+                file.writelines([*rng.choices(lines, k=rng.randint(1, 149)), '<|endoftext|>\n'])
+        with open(Path(folder, 'text.txt')) as file:
+            parts = [file.read(2**20) for _ in range(16)]
+        vocabulary = tokenizer.build('bpe', parts, 8192)
+        tokenizer.save(vocabulary, folder)
+
+        def tiktoken_alone():
+            start = time.perf_counter()
+            for part in parts:
+                vocabulary.encode_to_numpy(part, disallowed_special=())
+            return sum(map(len, parts)) / 1e6 / (time.perf_counter() - start)
+
+        print(f'{corpus_mb} MB of text, {cores} cores; tiktoken alone, on one, is measured before and after')
+        head = 'seconds', 'MB/s', 'tiktoken', 'of its rate x cores', 'peak memory'
+        print(f'{"processes":>9}{head[0]:>10}{head[1]:>10}{head[2]:>12}{head[3]:>22}{head[4]:>14}')
+        rows, before = [], tiktoken_alone()
+        for processes in (1, cores):
+            line = [sys.executable, here / 'prepare.py', '--input=text.txt', f'--tokenizer={folder}']
+            start, peak = time.perf_counter(), 0
+            job = subprocess.Popen([*line, f'--num_proc={processes}'], cwd=folder, stdout=subprocess.DEVNULL)
+            while job.poll() is None:
+                peak = max(peak, memory_of(job.pid))
+                time.sleep(0.2)
+            if job.returncode:
+                raise ValueError('prepare.py did not run.')
+            seconds, after = time.perf_counter() - start, tiktoken_alone()
+            rate, alone, before = corpus_mb / seconds, (before + after) / 2, after
+            rows.append({'processes': processes, 'mb_per_second': rate, 'tiktoken': alone, 'peak_bytes': peak})
+            share = f'{rate / alone / processes:.0%}'
+            print(f'{processes:>9}{seconds:>10.1f}{rate:>10.1f}{alone:>12.1f}{share:>22}{peak / 2**20:>10.0f} MiB')
+    return {'runs': rows}
+
+
+def memory_of(process):
+    """Bytes in the memory of a process and its children, each shared page once; 0 where there is no /proc."""
+    try:
+        children = Path(f'/proc/{process}/task/{process}/children').read_text().split()
+        share = re.search(r'Pss: +(\d+)', Path(f'/proc/{process}/smaps_rollup').read_text())
+        return 1024 * int(share[1]) + sum(map(memory_of, children))
+    except (OSError, TypeError):  # it has just ended
+        return 0
+
+
+def data():
+    """Tokens per second of taking batches of a split of 100 million random tokens in their order, by one thread."""
+    with tempfile.TemporaryFile() as file:
+        np.random.default_rng(0).integers(0, 50257, 10**8, dtype=np.uint16).tofile(file)
+        tokens = np.memmap(file, dtype=np.uint16, mode='r')
+        n_windows, seconds = count_windows(tokens, block_size), []
+        for step in range(200 * repeats):
+            start = time.perf_counter()
+            order = training_order(np.arange(step * batch_size, (step + 1) * batch_size), n_windows, 1)
+            windows(tokens, block_size, order)
+            seconds.append(time.perf_counter() - start)
+    middle, worst = statistics.median(seconds), max(seconds)
+    rate = batch_size * block_size / middle
+    print(f'{batch_size} x {block_size} tokens: {1000 * middle:.3f} ms, at worst {1000 * worst:.1f} ms')
+    print(f'{rate:,.0f} tokens/s')
+    return {'tokens_per_second': rate, 'median_seconds': middle, 'worst_seconds': worst}
+
+
 def gemm_rate(place):
     """The FLOP/s of large matrix products in the dtype asked for, the best of ten: a ceiling for a step."""
     n = 8192 if place.type == 'cuda' else 1536
@@ -213,12 +291,16 @@ def print_machine(place):
     print(f'{size}, {arch}, {name}, {dtype}, torch {torch.__version__}')
 
 
-def check_ways(names, known):
-    if set(names) - set(known):
-        raise ValueError(f"ways='{ways}' must be some of {', '.join(known)}, separated by commas.")
+def pick_ways(place, known):
+    """The ways asked for, or all of them; without those that are compiled where nothing can be."""
+    names = (ways or known).split(',')
+    if set(names) - set(known.split(',')):
+        raise ValueError(f"ways='{ways}' must be some of {known.replace(',', ', ')}, separated by commas.")
+    compiles = not any('compiled' in name for name in names) or can_compile(place)
+    return [name for name in names if compiles or 'compiled' not in name]
 
 
-BENCHMARKS = {'race': race, 'step': step, 'sample': sample}
+BENCHMARKS = {'race': race, 'step': step, 'sample': sample, 'prepare': prepare, 'data': data}
 
 if __name__ == '__main__':
     _names = [_arg for _arg in sys.argv[1:2] if _arg in BENCHMARKS or _arg in ('-h', '--help')]
@@ -226,7 +308,7 @@ if __name__ == '__main__':
         sys.exit(f'Say what to measure: python bench.py {"|".join(BENCHMARKS)}')
     configure(globals(), sys.argv[1:] if '-' in _names[0] else sys.argv[2:])
     with errors_in_one_sentence():
-        check(globals(), 1, 10**6, 'repeats prompt_tokens batch_size block_size')
+        check(globals(), 1, 10**6, 'repeats prompt_tokens batch_size block_size corpus_mb')
         if size not in PUBLISHED:
             raise ValueError(f"size='{size}' must be one of {', '.join(PUBLISHED)}.")
         if dtype not in ('float32', 'bfloat16'):

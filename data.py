@@ -2,36 +2,44 @@
 
 A split is one long row of token ids, cut into windows of T = block_size: window i predicts the tokens i·T + 1 to
 (i + 1)·T, each from those before it in the window. So every token but the first is the target of exactly one
-window. The last window may be shorter; it is padded to the right with targets of IGNORE.
+window. The last window may be shorter; it is padded to the right with targets of IGNORE. With a stride below T, for
+training, window i starts at i·stride instead, and a token is the target of several.
 
 Training takes the windows in a new order each epoch. That order is a function of (seed, epoch), and a position in
 it is one integer that counts windows since the start of the run: nothing else has to be saved to resume, and the
 way a step is divided into micro-batches or over processes cannot change what it sees.
 """
 
+import hashlib
 import json
 import os
 
 import numpy as np
 import torch
 
-from tokenizer import load
+from tokenizer import build, load, save
 
 IGNORE = -1  # the target of a position that does not count
 
 
 class Dataset:
-    """A prepared dataset, `data/NAME/`.
+    """A prepared dataset, `data/NAME/`; nanoGPT's own is taken over as it is.
 
     meta: what prepare.py wrote in meta.json. tokenizer: a tiktoken.Encoding. train, val: memory-mapped ids.
+    verify: compare the checksums too, which reads the whole files.
     Raises FileNotFoundError, or ValueError for files that do not fit together.
     """
 
-    def __init__(self, name, root='data'):
+    def __init__(self, name, root='data', verify=False):
         self.name, self.folder = name, os.path.join(root, name)
         how = 'python prepare.py' + ('' if name == 'shakespeare' else f' --input=YOUR_TEXT --name={name}')
+        there = os.listdir(self.folder) if os.path.isdir(self.folder) else ()
+        if {'train.bin', 'val.bin'} <= set(there) and not {'meta.json', 'tokenizer.json'} & set(there):
+            if 'meta.pkl' in there:
+                raise ValueError(f"{self.folder} has nanoGPT's meta.pkl, which is not read. Make it again with: {how}")
+            there = adopt(self.folder)
         for file in ('train.bin', 'val.bin', 'meta.json', 'tokenizer.json', 'tokenizer_config.json'):
-            if not os.path.exists(os.path.join(self.folder, file)):
+            if file not in there:
                 raise FileNotFoundError(f'{self.folder} has no {file}. Make it with: {how}')
         try:
             with open(os.path.join(self.folder, 'meta.json'), encoding='utf-8') as file:
@@ -39,22 +47,26 @@ class Dataset:
             self.tokenizer = load(self.folder)
             self.vocab_size, self.end_of_text = int(self.meta['vocab_size']), self.meta['end_of_text']
             self.kind = self.meta['tokenizer']
-            self.train, self.val = self._tokens('train'), self._tokens('val')
+            self.train, self.val = self._tokens('train', verify), self._tokens('val', verify)
             if self.tokenizer.n_vocab != self.vocab_size:
                 raise ValueError(f'the tokenizer has {self.tokenizer.n_vocab:,} tokens, meta.json {self.vocab_size:,}')
         except (KeyError, TypeError, ValueError, ArithmeticError, RecursionError, OSError) as error:
             what = str(error) if isinstance(error, ValueError | OSError) else f'meta.json: {error!r}'
             raise ValueError(f'{self.folder} is damaged, make it again with: {how} ({what})') from None
 
-    def _tokens(self, split):
-        path = os.path.join(self.folder, f'{split}.bin')
+    def _tokens(self, split, verify):
+        path, meta = os.path.join(self.folder, f'{split}.bin'), self.meta[split]
         tokens = np.memmap(path, dtype=np.dtype(self.meta['dtype']).newbyteorder('<'), mode='r')
-        expected = int(self.meta[split]['tokens'])
+        expected = int(meta['tokens'])
         if len(tokens) != expected or not 0 < self.bytes_per_token(split) < len(tokens) * 1e9:
             raise ValueError(f'{split}.bin has {len(tokens):,} tokens, meta.json says {expected:,}')
-        highest = max(tokens[:1_000_000].max(), tokens[-1_000_000:].max())
+        highest = max(tokens[:1_000_000].max(), tokens[-1_000_000:].max(), meta.get('highest', 0))
         if highest >= self.vocab_size:
             raise ValueError(f'{split}.bin has the id {highest:,}, the vocabulary {self.vocab_size:,}')
+        if verify:
+            with open(path, 'rb') as file:
+                if hashlib.file_digest(file, 'sha256').hexdigest() != meta['sha256']:
+                    raise ValueError(f'the checksum of {split}.bin is not the one in meta.json')
         return tokens
 
     def fingerprint(self):
@@ -65,11 +77,37 @@ class Dataset:
         return self.meta[split]['bytes'] / self.meta[split]['tokens']
 
 
-def count_windows(tokens, block_size):
-    return -(-(len(tokens) - 1) // block_size)
+def adopt(folder):
+    """Add to nanoGPT's train.bin and val.bin, uint16 ids of GPT-2's tokens, what they lack. Returns all file names."""
+    print(f"{folder} has no meta.json: taken as nanoGPT's, uint16 tokens of GPT-2. It is read once to write one.")
+    tokenizer = build('gpt2')
+    meta = {'format': 1, 'source': ['nanoGPT'], 'dtype': 'uint16', 'tokenizer': 'gpt2', 'vocab_size': tokenizer.n_vocab}
+    meta['end_of_text'] = tokenizer.eot_token
+    lengths = np.zeros(2**16, dtype=np.int64)  # end-of-text stands for no byte
+    lengths[: tokenizer.eot_token] = [len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.eot_token)]
+    for split in ('train', 'val'):
+        tokens = np.memmap(os.path.join(folder, f'{split}.bin'), dtype='<u2', mode='r')
+        counts, digest = np.zeros(2**16, dtype=np.int64), hashlib.sha256()
+        for start in range(0, len(tokens), 2**24):
+            counts += np.bincount(tokens[start : start + 2**24], minlength=2**16)
+            digest.update(tokens[start : start + 2**24])
+        meta[split] = {'tokens': len(tokens), 'bytes': int(counts @ lengths), 'highest': int(counts.nonzero()[0].max())}
+        meta[split] |= {'documents': int(counts[tokenizer.eot_token]), 'sha256': digest.hexdigest()}
+    save(tokenizer, folder)
+    temporary = os.path.join(folder, f'.meta-{os.getpid()}.json')  # processes of one run may all write it
+    with open(temporary, 'w', encoding='utf-8') as file:
+        json.dump(meta, file, indent=1)
+    os.replace(temporary, os.path.join(folder, 'meta.json'))
+    return os.listdir(folder)
 
 
-def windows(tokens, block_size, indices):
+def count_windows(tokens, block_size, stride=None):
+    """How many windows make an epoch: every target is in one at least. stride: from window to window, in tokens."""
+    stride = stride or block_size
+    return 1 + max(0, -(-(len(tokens) - 1 - block_size) // stride))
+
+
+def windows(tokens, block_size, indices, stride=None):
     """The windows of the given indices: inputs and targets, each (len(indices), block_size) int64.
 
     Past the end of the tokens, inputs are 0 and targets IGNORE.
@@ -77,7 +115,8 @@ def windows(tokens, block_size, indices):
     x = np.zeros((len(indices), block_size), dtype=np.int64)
     y = np.full((len(indices), block_size), IGNORE, dtype=np.int64)
     for row, index in enumerate(indices):
-        window = tokens[index * block_size : (index + 1) * block_size + 1]
+        start = index * (stride or block_size)
+        window = tokens[start : start + block_size + 1]
         x[row, : max(0, len(window) - 1)] = window[:-1]
         y[row, : max(0, len(window) - 1)] = window[1:]
     return torch.from_numpy(x), torch.from_numpy(y)

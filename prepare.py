@@ -1,99 +1,91 @@
 """Turn text into tokens: data/NAME/ with train.bin, val.bin, meta.json and tokenizer.json.
 
-    python prepare.py                                          # the bundled Shakespeare
-    python prepare.py --input=book.txt                         # your own text, into data/book
-    python prepare.py --input=a.txt,b.txt,notes/ --name=mine   # several files, folders of .txt and .md
+    python prepare.py                                            # the bundled Shakespeare
+    python prepare.py --input=book.txt                           # your own text, into data/book
+    python prepare.py --input=a.txt,b.jsonl.gz,notes/ --name=mine  # several files, and folders of them
+    python prepare.py --dataset=wikitext103 --tokenizer=gpt2     # a corpus of the Hugging Face Hub
+    python prepare.py --dataset=hf:ORG/NAME --text_column=content --streaming --max_tokens=1000000000
 
-A file is one document; lines that hold nothing but <|endoftext|> divide it into several. Where there are several
-documents, each is followed by an end-of-text token, and the split falls between two of them.
+A document is a text file (lines that hold nothing but <|endoftext|> divide it into several), or a row of a table:
+.jsonl, .json, .csv, .parquet. Where there are several documents, each is followed by an end-of-text token and belongs
+as a whole to one split, by a draw of its own. A single text is cut: its last part is for validation.
 """
 
+import contextlib
 import hashlib
 import json
+import math
 import os
-import re
 import shutil
+import signal
+import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
+import documents
 import tokenizer as tokenizers
-from configurator import configure, errors_in_one_sentence
+from configurator import check, configure, errors_in_one_sentence
 
 # -----------------------------------------------------------------------------
-dataset = 'shakespeare'  # a corpus by name; so far 'shakespeare', which is bundled
-input: str | None = None  # or your own text: files and folders, separated by commas
+dataset = 'shakespeare'  # a corpus by name, one of CORPORA below, or hf:ORG/NAME for any other of the Hub
+input: str | None = None  # or your own files and folders, separated by commas
 name: str | None = None  # write to data/NAME; None: named after the corpus or the first file
 tokenizer = 'bpe'  # 'bpe', 'char', 'byte', 'gpt2', or a folder (dataset, checkpoint, model) to take it from
 vocab_size = 4096  # of a bpe vocabulary
-val_fraction = 0.1  # the last part of the text is for validation
+val_fraction: float | None = None  # of the text, for validation; None: a tenth but 10 MB at most, 0.0005 when streaming
+max_tokens: int | None = None  # to train on; None: all
+seed = 1337  # of the draw that decides which documents are for validation
+num_proc: int | None = None  # processes that tokenize; None: one a core
+# a corpus of the Hub
+subset: str | None = None  # its configuration, such as 20231101.de of wikipedia
+split = 'train'  # its split to train on; its validation split is used if it has one
+text_column = 'text'  # the column of a table that has the text, also of your own files
+streaming = False  # do not store it on this disk, read it from the network as it is tokenized
 # -----------------------------------------------------------------------------
 
 BUNDLED = Path(__file__).parent / 'corpus' / 'shakespeare.txt'
-SEPARATOR = re.compile(rf'^{re.escape(tokenizers.END_OF_TEXT)}[ \t]*\r?(?:\n|\Z)', re.MULTILINE)
+CORPORA = {  # repository and configuration on the Hugging Face Hub; what is published of the size
+    'wikitext2': ('Salesforce/wikitext', 'wikitext-2-raw-v1'),  # 2,088,628 words to train (Merity et al., 2016)
+    'wikitext103': ('Salesforce/wikitext', 'wikitext-103-raw-v1'),  # 103,227,021 words (likewise)
+    'tinystories': ('roneneldan/TinyStories', None),  # 2,119,719 stories (its card)
+    'wikipedia': ('wikimedia/wikipedia', '20231101.en'),  # 6,407,814 articles (its card); any language
+    'openwebtext': ('Skylion007/openwebtext', None),  # 9,035,582,198 GPT-2 tokens to train (nanoGPT's README)
+    'fineweb': ('HuggingFaceFW/fineweb-edu', 'sample-10BT'),  # 10 billion GPT-2 tokens (its card)
+}
 
 
-def find_files(paths):
-    """The text files named by a comma-separated list of files and folders. Raises FileNotFoundError."""
-    files = []
-    for path in paths.split(','):
-        if not path:
-            raise FileNotFoundError(f"input='{paths}' has an empty name: separate names by single commas.")
-        path = Path(path)
-        found = sorted(path.rglob('*')) if path.is_dir() else [path]
-        if path.is_dir():
-            found = [file for file in found if file.suffix.lower() in ('.txt', '.md') and file.is_file()]
-        if not found or not found[0].exists():
-            raise FileNotFoundError(
-                f'The folder {path} has no .txt or .md file.' if path.is_dir() else f'There is no file {path}.'
-            )
-        files += found
-    return files
+def write(folder, encoded, size):
+    """Write the .bin files, flushed to disk. Returns what meta.json says of them.
 
-
-def read_documents(files):
-    """The documents in some files, but for empty ones. Raises ValueError where a file is not UTF-8."""
-    documents = []
-    for path in files:
-        try:
-            text = path.read_bytes().decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(f'{path} is not UTF-8 text: byte {error.start:,} cannot be decoded.') from None
-        documents += [document for document in SEPARATOR.split(text) if document.strip()]
-    return documents
-
-
-def split_documents(documents, val_fraction):
-    """(train, val): the last `val_fraction` of the characters are for validation.
-
-    A single text is cut right there, several at the document boundary nearest to it, with at least one on each side.
+    encoded: what `documents.encode_all` gives. size: of the text in bytes, if known, for the progress bar.
     """
-    total = sum(map(len, documents))
-    if len(documents) == 1:
-        cut = int(total * (1 - val_fraction))
-        return [documents[0][:cut]], [documents[0][cut:]]
-    ends = np.cumsum([len(document) for document in documents])[:-1]
-    cut = 1 + int(np.argmin(np.abs(ends - total * (1 - val_fraction))))
-    return documents[:cut], documents[cut:]
-
-
-def write_split(path, documents, tokenizer, end_of_text, dtype):
-    """Tokenize documents into a .bin, flushed to disk. Returns what meta.json says of the split."""
-    digest, count = hashlib.sha256(), 0
-    with open(path, 'wb') as file:
-        for document in documents:
-            ids = tokenizers.encode(tokenizer, document)
-            if end_of_text is not None:
-                ids = np.append(ids, end_of_text)
-            data = ids.astype(dtype).tobytes()
-            file.write(data)
-            digest.update(data)
-            count += len(ids)
-        file.flush()
-        os.fsync(file.fileno())
-    size = sum(len(document.encode()) for document in documents)
-    return {'tokens': count, 'bytes': size, 'documents': len(documents), 'sha256': digest.hexdigest()}
+    meta = {part: {'tokens': 0, 'bytes': 0, 'documents': 0, 'highest': 0} for part in ('train', 'val')}
+    digests = {part: hashlib.sha256() for part in meta}
+    with contextlib.ExitStack() as stack:
+        files = {part: stack.enter_context(open(folder / f'{part}.bin', 'wb')) for part in meta}
+        bar = stack.enter_context(tqdm(total=size, unit='B', unit_scale=True, ncols=80, leave=False, disable=None))
+        for part, ids, tokens, sizes, ends in encoded:
+            row = meta[part]
+            left = math.inf if max_tokens is None or part == 'val' else max_tokens - row['tokens']
+            kept = 1 + np.searchsorted(tokens.cumsum(), left)  # pieces, with the one that reaches max_tokens
+            data = ids[: tokens[:kept].sum()]
+            files[part].write(data)
+            digests[part].update(data)
+            row['tokens'] += len(data)
+            row['bytes'] += int(sizes[:kept].sum())
+            row['documents'] += int(ends[:kept].sum())
+            row['highest'] = max(row['highest'], int(data.max(initial=0)))
+            bar.update(int(sizes.sum()))
+            if len(data) >= left:
+                break
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+    return {part: row | {'sha256': digests[part].hexdigest()} for part, row in meta.items()}
 
 
 def publish(source, target):
@@ -105,57 +97,94 @@ def publish(source, target):
 
 
 def main():
-    configure(globals())
-    if not 0 < val_fraction < 1:
+    config = configure(globals())
+    if val_fraction is not None and not 0 < val_fraction < 1:
         raise ValueError(f'val_fraction={val_fraction} must lie between 0 and 1.')
+    check(config, 1, 10**15, 'max_tokens')
+    check(config, 1, 1024, 'num_proc')
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half done is cleared away
+    files = []
     if input is None and dataset != 'shakespeare':
-        raise ValueError(f"There is no corpus named '{dataset}'; for your own text use --input=PATH.")
-    files = [BUNDLED] if input is None else find_files(input)
-    target = Path('data') / (name or (dataset if input is None else Path(input.split(',')[0]).stem))
+        repository, configuration = CORPORA.get(dataset, (dataset.removeprefix('hf:'), None))
+        if dataset not in CORPORA and not dataset.startswith('hf:'):
+            known = ', '.join(['shakespeare', *CORPORA])
+            raise ValueError(f"There is no corpus named '{dataset}': use one of {known}, hf:ORG/NAME, or --input=PATH.")
+        source, called = [repository, subset or configuration], dataset.split('/')[-1]
+    else:
+        files = [BUNDLED] if input is None else documents.find_files(input)
+        source, called = [file.name for file in files], Path((input or 'shakespeare').split(',')[0]).name
+        suffix, compression = documents.kind_of(Path(called))
+        called = called[: len(called) - len(suffix + compression)]
+    target = Path('data') / (name or called)
     if target.parent != Path('data') or target.name in ('', '..'):
         raise ValueError(f"name='{name}' must be a plain name: the dataset is written to data/NAME.")
+    if streaming and (files or tokenizer == 'char'):
+        raise ValueError('streaming=True is for corpora of the Hub, and char cannot be used: it must read all first.')
+    learned = tokenizer in ('bpe', 'char')  # from the text, so built when it is known
+    built = None if learned else tokenizers.build(tokenizer)
 
-    documents = read_documents(files)
-    if not documents:
-        raise ValueError(f'There is no text in {", ".join(map(str, files[:3]))}.')
-    splits = dict(zip(('train', 'val'), split_documents(documents, val_fraction), strict=True))
-    # A vocabulary of byte pairs is learned from the training part alone; an alphabet must cover both.
-    several = len(documents) > 1
-    source = splits['train'] if tokenizer == 'bpe' else documents
-    built = tokenizers.build(tokenizer, source, vocab_size, end_of_text=several)
-    end_of_text = tokenizers.end_of_text_id(built)
+    if files:
+        read = {'train': partial(documents.read_files, files, text_column)}
+        size = sum(file.stat().st_size for file in files)
+    else:
+        read, size = documents.open_hub(repository, subset or configuration, split, text_column, streaming)
+    lengths, several = None, True
+    if not streaming:
+        lengths, seen, whole = documents.survey(read['train']())
+        several, size = not files or len(lengths) > 1, seen if whole else size
+        if not lengths:
+            raise ValueError(f'There is no text in {", ".join(map(str, files[:3] or source))}.')
+        lengths = lengths if whole else None
+    guess = size or 4 * (max_tokens or 5 * 10**9)
+    fraction = 0.0 if 'val' in read else val_fraction or min(0.1, 10**7 / guess)
+
+    def divided():
+        if 'val' in read:
+            yield from (('val', *piece) for piece in read['val']())
+        yield from documents.divide(read['train'](), lengths, fraction, seed)
+
+    if learned:
+        # A vocabulary of byte pairs is learned from the training part alone; an alphabet must cover both.
+        texts = (text for part, text, _ in divided() if part == 'train' or tokenizer == 'char')
+        texts = documents.sample(texts, size, seed) if tokenizer == 'bpe' else texts
+        built = tokenizers.build(tokenizer, texts, vocab_size, end_of_text=several)
+    end_of_text = tokenizers.end_of_text_id(built) if several else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    processes = num_proc or (cores if streaming else min(cores, 1 + size // 2**24))
 
     target.parent.mkdir(exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f'.{target.name}-', dir=target.parent))
     try:
         meta = {
             'format': 1,
-            'source': [file.name for file in files],
+            'source': source,
             'dtype': 'uint16' if built.n_vocab <= 2**16 else 'uint32',
             'tokenizer': built.name,
             'vocab_size': built.n_vocab,
-            'end_of_text': end_of_text,
+            'end_of_text': tokenizers.end_of_text_id(built),
         }
-        for split, part in splits.items():
-            path = temporary / f'{split}.bin'
-            meta[split] = write_split(path, part, built, end_of_text if several else None, meta['dtype'])
-            if meta[split]['tokens'] < 2:
-                raise ValueError(f'The text is too short: its {split} split has fewer than 2 tokens.')
+        batches, dtype = documents.in_batches(divided()), np.dtype(meta['dtype']).newbyteorder('<')
+        encoded = documents.encode_all(batches, built, end_of_text, dtype, processes)
+        with contextlib.closing(encoded):
+            meta |= write(temporary, encoded, size)
+        for part in ('train', 'val'):
+            if meta[part]['tokens'] < 2:
+                raise ValueError(f'The text is too short: its {part} split has fewer than 2 tokens.')
         tokenizers.save(built, temporary)
         (temporary / 'meta.json').write_text(json.dumps(meta, indent=1) + '\n')
         publish(temporary, target)
     finally:
         shutil.rmtree(temporary)
 
-    share = sum(map(len, splits['val'])) / sum(map(len, documents))
-    if not val_fraction / 2 < share < 2 * val_fraction:
-        print(f'Note: documents stay whole, so {share:.0%} of the text is for validation, not {val_fraction:.0%}.')
+    share = meta['val']['bytes'] / (meta['train']['bytes'] + meta['val']['bytes'])
+    if lengths and fraction and not fraction / 2 < share < 2 * fraction:
+        print(f'Note: documents stay whole, so {share:.0%} of the text is for validation, not {fraction:.0%}.')
     print(f'{target}: {built.name} tokenizer, {built.n_vocab:,} tokens in its vocabulary')
     print(f'{"split":>9} {"documents":>11} {"bytes":>15} {"tokens":>15} {"bytes/token":>13}')
-    for split in splits:
-        row = meta[split]
+    for part in ('train', 'val'):
+        row = meta[part]
         rate = row['bytes'] / row['tokens']
-        print(f'{split:>9} {row["documents"]:>11,} {row["bytes"]:>15,} {row["tokens"]:>15,} {rate:>13.2f}')
+        print(f'{part:>9} {row["documents"]:>11,} {row["bytes"]:>15,} {row["tokens"]:>15,} {rate:>13.2f}')
 
 
 if __name__ == '__main__':

@@ -61,8 +61,10 @@ def build(kind, texts=(), vocab_size=None, end_of_text=True):
     if kind == 'byte':
         return _encoding(ONE_CHARACTER, {bytes([byte]): byte for byte in range(256)})
     if kind == 'char':
-        alphabet = sorted(set().union(*texts))
-        ranks = {char.encode(): i for i, char in enumerate(alphabet)}
+        alphabet = set()
+        for text in texts:
+            alphabet.update(text)
+        ranks = {char.encode(): i for i, char in enumerate(sorted(alphabet))}
         return _encoding(ONE_CHARACTER, ranks, None if end_of_text else {})
     if kind == 'bpe':
         if vocab_size < 257:
@@ -96,21 +98,21 @@ def encode(tokenizer, text):
     Raises ValueError for what cannot be given back: a lone surrogate, a character outside a `char` alphabet.
     """
     try:
-        text.encode()
+        if tokenizer.name == 'char':
+            unknown = [char for char in set(text) if char.encode() not in tokenizer._mergeable_ranks]
+            if unknown:
+                listed = ' '.join(f'{char!r} (U+{ord(char):04X})' for char in sorted(unknown)[:5])
+                raise ValueError(
+                    f"{len(unknown)} character{'s' * (len(unknown) > 1)} outside the tokenizer's alphabet: {listed}"
+                    f'{" ..." if len(unknown) > 5 else ""}.'
+                )
+        return tokenizer.encode_to_numpy(text, disallowed_special=())
     except UnicodeEncodeError as error:
+        place = text.index(error.object[error.start])
         raise ValueError(
-            f'the text is not valid Unicode: a lone surrogate U+{ord(text[error.start]):04X} '
-            f'at character {error.start:,}. Clean the text first.'
+            f'the text is not valid Unicode: a lone surrogate U+{ord(text[place]):04X} '
+            f'at character {place:,}. Clean the text first.'
         ) from None
-    if tokenizer.name == 'char':
-        unknown = set(text) - {token.decode() for token in tokenizer.token_byte_values()}
-        if unknown:
-            listed = ' '.join(f'{char!r} (U+{ord(char):04X})' for char in sorted(unknown)[:5])
-            raise ValueError(
-                f"{len(unknown)} character{'s' * (len(unknown) > 1)} outside the tokenizer's alphabet: {listed}"
-                f'{" ..." if len(unknown) > 5 else ""}.'
-            )
-    return tokenizer.encode_to_numpy(text, disallowed_special=())
 
 
 def save(tokenizer, folder):

@@ -44,6 +44,8 @@ dataset = 'shakespeare'  # data/NAME, made by prepare.py
 batch_size = 12  # sequences a micro-batch
 gradient_accumulation_steps = 5 * 8  # micro-batches a step, divided over the processes
 block_size = 1024  # context, in tokens
+stride: int | None = None  # from one window of training to the next, in tokens; None: block_size, no overlap
+verify_data = False  # read all of the dataset first and compare its checksums
 # model
 arch = 'gpt2'  # 'gpt2', 'qwen3' or 'llama', see model.py
 n_layer = 12  # blocks
@@ -97,6 +99,7 @@ with errors_in_one_sentence():
     check(config, 0, 10**18, 'learning_rate muon_lr min_lr weight_decay grad_clip')
     check(config, 0, 1 - 1e-6, 'beta1 beta2 muon_momentum')
     check(config, 1e-6, 1, 'cooldown plan_mfu')
+    check(config, 1, block_size, 'stride')
     choices = {'optimizer': 'adamw muon', 'schedule': 'cosine wsd', 'dtype': 'auto float32 bfloat16 float16'}
     for name, known in choices.items():
         if config[name] not in known.split():
@@ -135,12 +138,10 @@ if held and init_from != 'resume' and not (eval_only and init_from != 'scratch')
     end(f'{out_dir} holds a run: use it with --init_from=resume, choose another --out_dir, or delete it.')
 
 with errors_in_one_sentence():
-    data = Dataset(dataset)
+    data = Dataset(dataset, verify=verify_data)
     if len(data.train) <= block_size:
-        raise ValueError(
-            f'The training split of {data.folder} has {len(data.train):,} tokens, fewer than one window of '
-            f'block_size={block_size} and its target: prepare more text or choose a smaller block_size.'
-        )
+        what = f'{len(data.train):,} tokens, fewer than one window of block_size={block_size} and its target'
+        raise ValueError(f'The training split of {data.folder} has {what}: prepare more text or choose a smaller one.')
     shape = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'n_kv_head')
     knobs = {name: config[name] for name in shape}
     state = {'step': 0, 'windows': 0, 'train_seconds': 0.0, 'bad_steps': 0, 'bad_in_a_row': 0, 'evaluated': -1}
@@ -285,7 +286,7 @@ def finished():
 # -----------------------------------------------------------------------------
 # the run, in four lines
 
-n_windows = count_windows(data.train, block_size)
+n_windows = count_windows(data.train, block_size, stride)
 windows_per_step = batch_size * gradient_accumulation_steps
 tokens_per_step = windows_per_step * block_size
 n_threads = f' ({torch.get_num_threads()} threads)' if device_type == 'cpu' else ''
@@ -364,12 +365,11 @@ while True:
         for group in optimizer.param_groups:
             group['lr'] = lr_share * optimizer.defaults['lr']
     order = training_order(np.arange(state['windows'], state['windows'] + windows_per_step), n_windows, seed)
-    padding = n_windows * block_size - (len(data.train) - 1)  # in the last window of an epoch
-    targets = tokens_per_step - padding * int((order == n_windows - 1).sum())
+    targets = int((len(data.train) - 1 - order * (stride or block_size)).clip(max=block_size).sum())  # no padding
     loss = torch.zeros((), device=device)
     order = order.reshape(gradient_accumulation_steps, batch_size)
     for micro_step in range(parallel.rank, gradient_accumulation_steps, parallel.world):
-        x, y = windows(data.train, block_size, order[micro_step])
+        x, y = windows(data.train, block_size, order[micro_step], stride)
         weight = int((y != IGNORE).sum()) / targets  # so that every token of the step counts alike
         parallel.synchronize_gradients(net, micro_step + parallel.world >= gradient_accumulation_steps)
         torch.manual_seed(int(np.random.SeedSequence((seed, step, micro_step)).generate_state(1)[0]))

@@ -50,7 +50,7 @@ def test_a_step_is_measured_every_way(small, run, tmp_path):
 @pytest.mark.parametrize(
     ('args', 'message'),
     [
-        ([], 'Say what to measure: python bench.py race|step|sample'),
+        ([], 'Say what to measure: python bench.py race|step|sample|prepare|data'),
         (['step', '--ways=other'], "ways='other' must be some of plain, ours"),
         (['race', '--dataset=none', '--repeats=1'], 'data/none has no train.bin'),
         (['step', '--repeats=0'], 'repeats=0: must be from 1'),

@@ -1,10 +1,19 @@
+import gzip
 import hashlib
 import json
+import lzma
+import tempfile
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT, TEXT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+import documents
 import tokenizer as tk
 
 
@@ -29,8 +38,24 @@ def test_a_single_text_is_split_at_the_last_tenth_of_its_characters_as_nanogpt_d
         'tokens': len(text) - cut,
         'bytes': len(text[cut:].encode()),
         'documents': 1,
+        'highest': 26,
         'sha256': hashlib.sha256((folder / 'val.bin').read_bytes()).hexdigest(),
     }
+
+
+def documents_of(folder):
+    """The text of each document of a dataset that has several, by split, its tokens decoded."""
+    encoding, texts = tk.load(folder), {}
+    eot = tk.end_of_text_id(encoding)
+    for split in ('train', 'val'):
+        parts = np.split(read(folder, split), np.flatnonzero(read(folder, split) == eot) + 1)
+        assert not len(parts.pop()), 'nothing comes after the last end-of-text'
+        texts[split] = [encoding.decode_bytes(part[:-1]).decode() for part in parts]
+        meta = json.loads((folder / 'meta.json').read_text())[split]
+        assert meta['documents'] == len(parts) and meta['tokens'] == sum(map(len, parts))
+        assert meta['bytes'] == sum(len(text.encode()) for text in texts[split])
+        assert meta['highest'] == max(part.max() for part in parts)
+    return texts
 
 
 @pytest.mark.parametrize('tokenizer', tk.KINDS)
@@ -44,25 +69,31 @@ def test_documents_are_kept_whole_and_followed_by_end_of_text(run, tmp_path, tok
     args = ['--vocab_size=270', '--val_fraction=0.4', f'--tokenizer={tokenizer}', '--name=docs']
     result = run('prepare.py', '--input=texts,e.txt', *args)
     assert result.code == 0, result.err
-    folder = tmp_path / 'data' / 'docs'
-    encoding = tk.load(folder)
-    eot = tk.end_of_text_id(encoding)
-    texts = {}
-    for split in ('train', 'val'):
-        parts = np.split(read(folder, split), np.flatnonzero(read(folder, split) == eot) + 1)
-        assert not len(parts.pop()), 'nothing comes after the last end-of-text'
-        texts[split] = [encoding.decode_bytes(part[:-1]).decode() for part in parts]
-    assert texts == {'train': ['one\n', 'two <|endoftext|>\nstill two\n'], 'val': ['three\n' * 4, 'four\r\n']}
-    assert json.loads((folder / 'meta.json').read_text())['train']['documents'] == 2
+    texts = documents_of(tmp_path / 'data' / 'docs')
+    assert sorted(texts['train'] + texts['val']) == sorted(
+        ['one\n', 'two <|endoftext|>\nstill two\n', 'three\n' * 4, 'four\r\n']
+    )
+    assert texts['train'] and texts['val']
 
 
-def test_the_split_falls_at_the_nearest_document_boundary_and_leaves_one_on_each_side(run, tmp_path):
+def test_each_document_is_drawn_for_a_split_as_near_to_the_fraction_as_they_allow(run, tmp_path):
+    texts = [f'{n} ' * (1 + n * n % 17) for n in range(60)]
+    (tmp_path / 'x.txt').write_text('\n<|endoftext|>\n'.join(texts))
+    drawn = {}
+    for seed in (1, 2):
+        assert run('prepare.py', '--input=x.txt', '--tokenizer=byte', f'--seed={seed}').code == 0
+        drawn[seed] = documents_of(tmp_path / 'data' / 'x')
+        assert [text.split()[0] for text in drawn[seed]['train']] == sorted(
+            {str(n) for n in range(60)} - {text.split()[0] for text in drawn[seed]['val']}, key=int
+        ), 'in their order'
+        share = sum(map(len, drawn[seed]['val'])) / sum(map(len, texts))
+        assert 0.07 < share < 0.13
+    assert drawn[1] != drawn[2]
     for name, lengths in {'late': (100, 3, 3), 'early': (3, 100)}.items():
         (tmp_path / f'{name}.txt').write_text('<|endoftext|>\n'.join('x' * n + '\n' for n in lengths))
-        assert run('prepare.py', f'--input={name}.txt', '--tokenizer=byte').code == 0
-    assert len(read(tmp_path / 'data' / 'late', 'val')) == 10  # two of them, each with a line end and end-of-text
-    assert len(read(tmp_path / 'data' / 'early', 'train')) == 5
-    assert run('prepare.py', '--input=early.txt', '--tokenizer=byte').out.startswith('Note: documents stay whole')
+        result = run('prepare.py', f'--input={name}.txt', '--tokenizer=byte')
+        assert all(documents_of(tmp_path / 'data' / name).values()), 'one on each side'
+    assert result.out.startswith('Note: documents stay whole')
 
 
 def test_a_large_vocabulary_is_stored_in_32_bits(run, tmp_path):
@@ -142,7 +173,7 @@ def test_a_dataset_interrupted_anywhere_is_complete_or_has_no_train_bin(run, tmp
         (['--input=ok.txt,missing'], 'There is no file missing.'),
         (['--input='], "input='' has an empty name"),
         (['--input=ok.txt,'], "input='ok.txt,' has an empty name"),
-        (['--input=nothing'], 'The folder nothing has no .txt or .md file.'),
+        (['--input=nothing'], 'The folder nothing has no file that ends in .txt, .md, .jsonl, .json, .csv, .parquet.'),
         (['--input=empty.txt'], 'There is no text in empty.txt.'),
         (['--input=blank.txt'], 'There is no text in blank.txt.'),
         (['--input=latin.txt'], 'latin.txt is not UTF-8 text: byte 3 cannot be decoded.'),
@@ -150,10 +181,20 @@ def test_a_dataset_interrupted_anywhere_is_complete_or_has_no_train_bin(run, tmp
         (['--input=ok.txt', '--tokenizer=bert'], 'Choose one of: gpt2, bpe, char, byte, or a folder'),
         (['--input=ok.txt', '--vocab_size=100'], '256 bytes and end-of-text make 257'),
         (['--input=ok.txt', '--val_fraction=1.0'], 'must lie between 0 and 1'),
-        (['--input=ok.txt', '--val_fraction=nan'], "val_fraction takes float, not 'nan'"),
+        (['--input=ok.txt', '--val_fraction=nan'], "val_fraction takes float or None, not 'nan'"),
         (['--input=ok.txt', '--name=../x'], "name='../x' must be a plain name"),
         (['--input=ok.txt', '--name=.'], "name='.' must be a plain name"),
         (['--dataset=shakespear'], "There is no corpus named 'shakespear'"),
+        (['--input=ok.txt', '--streaming'], 'streaming=True is for corpora of the Hub'),
+        (['--input=ok.txt', '--max_tokens=0'], 'max_tokens=0: must be from 1'),
+        (['--input=ok.txt', '--num_proc=0'], 'num_proc=0: must be from 1'),
+        (['--input=rows.jsonl', '--text_column=body'], "has no column 'body' but text, id: use --text_column=NAME."),
+        (['--input=rows.jsonl', '--text_column=id'], "The column 'id' of rows.jsonl holds no text but int."),
+        (['--input=broken.jsonl'], 'broken.jsonl cannot be read: '),
+        (['--input=latin.jsonl'], 'latin.jsonl is not UTF-8 text: byte 13 cannot be decoded.'),
+        (['--input=latin.txt.gz'], 'latin.txt.gz is not UTF-8 text: byte 3 cannot be decoded.'),
+        (['--input=broken.txt.gz'], 'broken.txt.gz'),
+        (['--input=broken.parquet'], 'broken.parquet cannot be read: '),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(run, tmp_path, args, message):
@@ -162,7 +203,201 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(run, tmp_path, args, m
     (tmp_path / 'blank.txt').write_text(' \n\n')
     (tmp_path / 'latin.txt').write_bytes(b'caf\xe9')
     (tmp_path / 'short.txt').write_text('abcdef')
+    (tmp_path / 'rows.jsonl').write_text('{"text": "a", "id": 1}\n' * 9)
+    (tmp_path / 'broken.jsonl').write_text('{"text": "a"}\n{"text": \n')
+    (tmp_path / 'latin.jsonl').write_bytes(b'{"text": "caf\xe9"}\n')
+    (tmp_path / 'latin.txt.gz').write_bytes(gzip.compress(b'caf\xe9'))
+    (tmp_path / 'broken.txt.gz').write_bytes(gzip.compress(b'abc' * 100)[:-9])
+    (tmp_path / 'broken.parquet').write_bytes(b'PAR1' * 9)
     (tmp_path / 'nothing').mkdir()
     result = run('prepare.py', *args)
     assert result.code == 1 and message in result.err and result.err.count('\n') == 1
     assert not list((tmp_path / 'data').glob('*'))
+
+
+ROWS = [f'Text {n}: ' + 'words and more words ' * (n % 5) + 'é\n' * (n % 3) for n in range(40)]
+
+
+@pytest.mark.parametrize(
+    'name', ['x.jsonl', 'x.json', 'x.csv', 'x.parquet', 'x.jsonl.gz', 'x.csv.bz2', 'x.txt', 'x.md.xz', 'x.txt.gz']
+)
+def test_every_format_gives_the_same_documents(run, tmp_path, name):
+    path, table = tmp_path / name, pd.DataFrame({'id': range(40), 'body': ROWS})
+    kind = name.split('.')[1]
+    if kind == 'parquet':
+        table.to_parquet(path)
+    elif kind == 'csv':
+        table.to_csv(path, index=False)
+    elif kind in ('json', 'jsonl'):
+        table.to_json(path, orient='records', lines=kind == 'jsonl')
+    else:
+        text = ''.join(f'{row}\n<|endoftext|>\n' for row in ROWS)
+        compress = {'gz': gzip.compress, 'xz': lzma.compress}.get(name.split('.')[-1], bytes)
+        path.write_bytes(compress(text.encode()))
+    result = run('prepare.py', f'--input={name}', '--tokenizer=byte', '--text_column=body', '--seed=3')
+    assert result.code == 0, result.err
+    texts = documents_of(tmp_path / 'data' / 'x')
+    newline = '\n' if kind in ('txt', 'md') else ''
+    assert texts['val'] and texts['train'] == [row + newline for row in ROWS if row + newline not in texts['val']]
+
+
+def hub(folder, repository, files, columns='text'):
+    """A corpus in the layout of the Hub: parquet files, and a README.md that says which is which split."""
+    configs = {}
+    for name, rows in files.items():
+        path = folder / repository / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame({columns: rows, 'id': range(len(rows))}).to_parquet(path)
+        config, file = name.rsplit('/', 1)
+        configs.setdefault(config, {}).setdefault(file.split('-')[0], []).append(name)
+    lines = ['---', 'configs:']
+    for config, splits in configs.items():
+        lines += [f'- config_name: {config}', '  data_files:']
+        for split, paths in splits.items():
+            lines += [f'  - split: {split}', '    path:', *(f'    - {path}' for path in paths)]
+    (folder / repository / 'README.md').write_text('\n'.join([*lines, '---', '# A corpus']))
+
+
+WIKI = ['', ' = Robert = \n', '', ' Robert is .\n', ' = = Life = = \n', '', ' He 2 + 2\n', ' = 4 = \n', '']
+WIKI += [' = Sun @-@ Moon = \n', '', ' Both shine .\n']
+
+
+@pytest.mark.parametrize('flags', [[], ['--streaming']])
+@pytest.mark.parametrize(
+    ('name', 'repository', 'folder', 'splits'),
+    [
+        ('wikitext2', 'Salesforce/wikitext', 'wikitext-2-raw-v1', ('train', 'validation', 'test')),
+        ('wikitext103', 'Salesforce/wikitext', 'wikitext-103-raw-v1', ('train', 'validation', 'test')),
+        ('tinystories', 'roneneldan/TinyStories', 'data', ('train', 'validation')),
+        ('wikipedia', 'wikimedia/wikipedia', '20231101.en', ('train',)),
+        ('wikipedia --subset=20231101.de', 'wikimedia/wikipedia', '20231101.de', ('train',)),
+        ('openwebtext', 'Skylion007/openwebtext', 'plain_text', ('train',)),
+        ('fineweb', 'HuggingFaceFW/fineweb-edu', 'sample-10BT', ('train',)),
+        ('hf:me/mine --text_column=content', 'me/mine', 'default', ('train', 'dev')),
+        ('hf:me/mine --text_column=content --split=extra', 'me/mine', 'default', ('extra', 'train')),
+    ],
+)
+def test_named_corpora_are_read_from_the_layout_of_the_hub(run, tmp_path, name, repository, folder, splits, flags):
+    wiki = 'wikitext' in name
+    files = {
+        f'{folder}/{split}-{part:05}-of-00002.parquet': WIKI if wiki else [f'{split} {part} {n}' for n in range(50)]
+        for split in splits
+        for part in range(2)
+    }
+    hub(tmp_path, repository, files, 'content' if 'hf:' in name else 'text')
+    fraction = [] if len(splits) > 1 and 'extra' not in splits else ['--val_fraction=0.2']
+    result = run('prepare.py', *f'--dataset={name}'.split(), '--tokenizer=byte', '--name=x', *fraction, *flags)
+    assert result.code == 0, result.err
+    texts = documents_of(tmp_path / 'data' / 'x')
+    if wiki:
+        robert = ' = Robert = \n\n Robert is .\n = = Life = = \n\n He 2 + 2\n = 4 = \n\n'
+        sun = ' = Sun @-@ Moon = \n\n Both shine .\n'
+        assert texts['train'] == [robert, sun + '\n', robert, sun] and texts['val'] == texts['train']
+    else:
+        trained = [text for file, rows in files.items() if f'/{splits[0]}-' in file for text in rows]
+        if fraction:
+            assert sorted(texts['train'] + texts['val']) == sorted(trained) and len(texts['val']) > 5
+        else:
+            assert texts['train'] == trained
+            assert {text.split()[0] for text in texts['val']} == {splits[1]}
+    meta = json.loads((tmp_path / 'data' / 'x' / 'meta.json').read_text())
+    assert meta['source'][0] == repository
+
+
+def test_no_hub_is_one_sentence(run, tmp_path, monkeypatch):
+    monkeypatch.setattr('time.sleep', lambda seconds: None)  # between attempts
+    result = run('prepare.py', '--dataset=tinystories')
+    assert result.code == 1 and 'roneneldan/TinyStories cannot be had from the Hugging Face Hub (' in result.err
+    assert result.err.count('\n') == 1 and not (tmp_path / 'data').exists()
+
+
+SPACES = st.text(alphabet=' \n\t\r\u3000\x85ab1.é字\x1c-\'', max_size=40)
+
+
+@pytest.mark.parametrize('kind', tk.KINDS)
+def test_the_tokens_of_the_pieces_are_those_of_the_text(kind):
+    encoding = tk.build(kind, [TEXT, ' \n\t\r\u3000\x85ab1.é字\x1c-\''], 300)
+
+    @settings(deadline=None, max_examples=300)
+    @given(st.one_of(SPACES, st.text(max_size=40)), st.integers(1, 12))
+    def check(text, size):
+        if kind == 'char':
+            text = ''.join(char for char in text if char.encode() in encoding._mergeable_ranks)
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(documents, 'PIECE', size):
+            path = Path(folder, 'x.txt')
+            path.write_bytes(text.encode(errors='ignore'))
+            pieces = list(documents.read_text(path))
+        text = text.encode(errors='ignore').decode()
+        assert ''.join(piece for piece, _ in pieces) == text and [ends for _, ends in pieces][-1]
+        ids = [tk.encode(encoding, piece) for piece, _ in pieces]
+        assert np.concatenate(ids).tolist() == tk.encode(encoding, text).tolist()
+
+    check()
+
+
+def test_a_long_text_is_read_in_pieces_whatever_its_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, 'PIECE', 1000)
+    path = tmp_path / 'x.txt'
+    texts = {'word ' * 5000: 20, 'ligne\r\n' * 3000 + '字\n' * 3000: 1, 'x' * 20_000: 0, '字。\n' * 5000: 10}
+    for text, many in texts.items():
+        path.write_bytes(text.encode())
+        pieces = list(documents.read_text(path))
+        assert ''.join(piece for piece, _ in pieces) == text and len(pieces) > many
+        assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True]
+    path.write_text('one\n<|endoftext|>\n' + 'two ' * 3000 + '\n<|endoftext|>\nthree')
+    ends = [text for text, ends in documents.read_text(path) if ends]
+    assert ends[0] == 'one\n' and ends[1].endswith('two \n') and ends[2] == 'three'
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.text(st.characters(exclude_categories=['Cs']), max_size=60), min_size=3, max_size=20))
+def test_any_unicode_comes_back(run, tmp_path, texts):
+    texts = [text for text in texts if text.strip()] + ['\ufeffa\r\nb\x00', 'last', '<|endoftext|>']
+    path = tmp_path / 'x.jsonl'
+    path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+    result = run('prepare.py', '--input=x.jsonl', '--tokenizer=byte', '--val_fraction=0.3')
+    assert result.code == 0, result.err
+    found = documents_of(tmp_path / 'data' / 'x')
+    assert sorted(found['train'] + found['val']) == sorted(texts)
+
+
+def test_a_byte_order_mark_line_ends_and_zeros_stay(run, tmp_path):
+    text = '\ufeffone\r\ntwo\x00\rthree\n' * 20
+    (tmp_path / 'x.txt').write_bytes(text.encode())
+    assert run('prepare.py', '--input=x.txt', '--vocab_size=270').code == 0
+    ids = np.concatenate([read(tmp_path / 'data' / 'x', split) for split in ('train', 'val')])
+    assert tk.load(tmp_path / 'data' / 'x').decode_bytes(ids) == text.encode()
+
+
+@pytest.mark.parametrize('tokenizer', ['bpe', 'char'])
+def test_the_number_of_processes_changes_no_byte(run, tmp_path, tokenizer):
+    (tmp_path / 'x.txt').write_text('<|endoftext|>\n'.join(f'{TEXT[n:]} {n}\n' for n in range(0, 4000, 7)))
+    made = []
+    for processes in (1, 2, 4):
+        flags = [f'--num_proc={processes}', f'--tokenizer={tokenizer}', f'--name=x{processes}', '--max_tokens=900000']
+        result = run('prepare.py', '--input=x.txt', *flags)
+        assert result.code == 0, result.err
+        folder = tmp_path / 'data' / f'x{processes}'
+        made.append({file.name: file.read_bytes() for file in folder.iterdir()})
+    assert made[0] == made[1] == made[2]
+    meta = json.loads(made[0]['meta.json'])['train']
+    assert 900_000 <= meta['tokens'] < 900_000 + len(TEXT), 'max_tokens, and the rest of its document'
+
+
+def test_max_tokens_leaves_the_validation_split_of_a_corpus_whole(run, tmp_path):
+    rows = {split: [f'{split} {n}' for n in range(500)] for split in ('train', 'valid')}
+    hub(tmp_path, 'me/mine', {f'data/{split}-00000-of-00001.parquet': texts for split, texts in rows.items()})
+    flags = ['--dataset=hf:me/mine', '--tokenizer=byte', '--max_tokens=100', '--streaming']
+    assert run('prepare.py', *flags).code == 0
+    texts = documents_of(tmp_path / 'data' / 'mine')
+    assert texts['train'] == [f'train {n}' for n in range(13)]  # 10 of 8 tokens and 3 of 9
+    assert texts['val'] == rows['valid']
+
+
+def test_a_bpe_vocabulary_of_a_large_corpus_is_learned_from_a_sample_of_all_of_it(run, tmp_path, monkeypatch):
+    texts = [f'{TEXT[n : n + 200]}' for n in range(2000)]
+    monkeypatch.setattr(documents, 'SAMPLE', 20_000)
+    for total, first in ((sum(map(len, texts)), 1000), (None, 0)):
+        drawn = list(documents.sample(iter(texts), total, seed=1))
+        assert sum(map(len, drawn)) == pytest.approx(20_000, rel=0.3)
+        assert np.mean([texts.index(text) for text in drawn]) > first * 0.7
