@@ -138,12 +138,13 @@ def shuffled(places, n, seed, epochs):
     half = np.uint64(max(4, -(-int(n - 1).bit_length() // 2)))
     mask = np.uint64((1 << int(half)) - 1)
     keys = _mix(_mix(np.uint64(seed % 2**64) + np.zeros_like(epochs)) + epochs)
+    keys = _mix(keys + np.arange(6, dtype=np.uint64)[:, None])  # (rounds, n)
     out = np.array(places, dtype=np.uint64)
     todo = np.arange(len(out))
     while len(todo):
         left, right = out[todo] >> half, out[todo] & mask
-        for turn in range(6):
-            left, right = right, left ^ (_mix(right + _mix(keys[todo] + np.uint64(turn))) & mask)
+        for key in keys[:, todo]:
+            left, right = right, left ^ (_mix(right + key) & mask)
         out[todo] = left << half | right
         todo = todo[out[todo] >= n]
     return out

@@ -47,6 +47,31 @@ def test_a_step_is_measured_every_way(small, run, tmp_path):
     assert all(len(line) <= 80 for line in result.out.splitlines())
 
 
+def test_batches_are_taken_without_a_model(run, tmp_path):
+    result = run('bench.py', 'data', '--batch_size=2', '--block_size=64', '--repeats=1', '--json_file=data.json')
+    assert result.code == 0, result.err
+    figures = json.loads((tmp_path / 'data.json').read_text())
+    assert figures['tokens_per_second'] == pytest.approx(2 * 64 / figures['median_seconds'])
+    assert f'{figures["tokens_per_second"]:,.0f} tokens/s' in result.out
+
+
+@pytest.mark.parametrize('megabytes', [2, pytest.param(200, marks=pytest.mark.slow)])
+def test_preparing_is_measured_beside_tiktoken_alone(run, tmp_path, megabytes):
+    result = run('bench.py', 'prepare', f'--corpus_mb={megabytes}', '--json_file=prepare.json')
+    assert result.code == 0, result.err
+    runs = json.loads((tmp_path / 'prepare.json').read_text())['runs']
+    assert runs[0]['processes'] == 1
+    assert all(row['mb_per_second'] > 0 and row['peak_bytes'] > 2**24 for row in runs)
+    assert all(len(line) <= 80 for line in result.out.splitlines())
+    if megabytes == 200:  # a gigabyte more changes nothing
+        result = run('bench.py', 'prepare', '--corpus_mb=1000', '--json_file=prepare.json')
+        large = json.loads((tmp_path / 'prepare.json').read_text())['runs']
+        print(result.out)
+        for row, other in zip(runs, large, strict=True):
+            assert other['mb_per_second'] / other['tiktoken'] / other['processes'] >= 0.8
+            assert other['peak_bytes'] < 10**9 and other['peak_bytes'] < 1.2 * row['peak_bytes']
+
+
 @pytest.mark.parametrize(
     ('args', 'message'),
     [

@@ -1,5 +1,8 @@
 import itertools
 import math
+import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +24,42 @@ def test_each_target_token_comes_exactly_once_an_epoch(n_tokens, block_size, see
     assert sorted(y[counted].tolist()) == list(range(1, n_tokens))
     assert torch.equal(x[counted], y[counted] - 1), 'the input is the token before the target'
     assert counted.any(1).all(), 'no window is empty'
+
+
+@settings(deadline=None)
+@given(n_tokens=st.integers(2, 400), block_size=st.integers(1, 50), share=st.floats(0, 1))
+def test_windows_that_overlap_cover_all_targets_as_often_as_the_stride_says(n_tokens, block_size, share):
+    stride = max(1, round(share * block_size))
+    tokens = np.arange(n_tokens, dtype=np.uint16)
+    n = count_windows(tokens, block_size, stride)
+    x, y = windows(tokens, block_size, range(n), stride)
+    assert x[:, 0].tolist() == [i * stride for i in range(n)]
+    counted = y != IGNORE
+    assert torch.equal(x[counted], y[counted] - 1) and counted.any(1).all()
+    assert counted[:-1].all(), 'none but the last is short'
+    times = np.bincount(y[counted], minlength=n_tokens)[1:]
+    assert times.min() >= 1 and times.max() <= -(-block_size // stride)
+    if n > 1:
+        longer = windows(tokens, block_size, [n - 2], stride)[1]
+        assert longer.max() < n_tokens - 1, 'the last one is needed'
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='reads /proc')
+def test_memory_stays_flat_over_100_000_batches(tmp_path):
+    np.arange(3_000_000, dtype=np.uint16).tofile(tmp_path / 'x.bin')
+    tokens = np.memmap(tmp_path / 'x.bin', dtype=np.uint16, mode='r')
+    n = count_windows(tokens, 32)
+
+    def memory():
+        return int(re.search(r'RssAnon:\s+(\d+)', Path('/proc/self/status').read_text())[1])
+
+    for step in range(1000):
+        order = training_order(np.arange(400 * step, 400 * (step + 1)), n, seed=1)
+        for batch in order.reshape(100, 4):
+            windows(tokens, 32, batch)
+        if step == 10:
+            before = memory()
+    assert memory() - before < 1024, 'KiB'
 
 
 def test_windows_past_the_end_are_all_padding():

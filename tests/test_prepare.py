@@ -2,7 +2,14 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -15,6 +22,7 @@ from hypothesis import strategies as st
 
 import documents
 import tokenizer as tk
+from data import Dataset
 
 
 def read(folder, split):
@@ -401,3 +409,80 @@ def test_a_bpe_vocabulary_of_a_large_corpus_is_learned_from_a_sample_of_all_of_i
         drawn = list(documents.sample(iter(texts), total, seed=1))
         assert sum(map(len, drawn)) == pytest.approx(20_000, rel=0.3)
         assert np.mean([texts.index(text) for text in drawn]) > first * 0.7
+
+
+@pytest.mark.parametrize('many', [2000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_many_tiny_files(run, tmp_path, many):
+    for n in range(many):
+        (tmp_path / 'files' / str(n // 1000)).mkdir(parents=True, exist_ok=n % 1000 > 0)
+        (tmp_path / 'files' / str(n // 1000) / f'{n:06}.txt').write_text(f'Text {n}.' * (n % 10 > 0))
+    result = run('prepare.py', '--input=files', '--tokenizer=byte')
+    assert result.code == 0, result.err
+    texts = documents_of(tmp_path / 'data' / 'files')
+    assert sorted(texts['train'] + texts['val']) == sorted(f'Text {n}.' for n in range(many) if n % 10)
+
+
+@pytest.mark.parametrize(('word', 'kind'), [('a word and ', 'gpt2'), ('x', 'byte')])
+def test_a_single_line_of_10_megabytes(run, tmp_path, word, kind):
+    text = word * (10**7 // len(word))
+    (tmp_path / 'x.txt').write_text(text)
+    result = run('prepare.py', '--input=x.txt', f'--tokenizer={kind}')
+    assert result.code == 0, result.err
+    ids = np.concatenate([read(tmp_path / 'data' / 'x', split) for split in ('train', 'val')])
+    assert tk.load(tmp_path / 'data' / 'x').decode(ids) == text
+
+
+def in_a_moment(seconds, work, cwd):
+    """Start prepare.py of its own, and do something to it after some seconds. Returns its exit status and stderr."""
+    line = [sys.executable, ROOT / 'prepare.py', '--input=x.txt', '--num_proc=2', '--vocab_size=300']
+    job = subprocess.Popen(line, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    started = time.monotonic()
+    while job.poll() is None and (seconds is None or time.monotonic() - started < seconds):
+        if seconds is None and list((cwd / 'data').glob('.x-*/train.bin')):  # at work
+            break
+        time.sleep(0.005)
+    children = [int(child) for child in Path(f'/proc/{job.pid}/task/{job.pid}/children').read_text().split()]
+    work(job)
+    errors = job.communicate(timeout=60)[1]
+    for _ in range(500):
+        if not any(Path(f'/proc/{child}/stat').exists() for child in children):
+            break
+        time.sleep(0.02)
+    else:
+        pytest.fail('its processes are still there')
+    return job.returncode, errors
+
+
+def a_text_that_takes_a_while(tmp_path, repeat):
+    lines = [f'{TEXT[n % 5000 :]}\n<|endoftext|>\n' for n in range(repeat)]
+    (tmp_path / 'x.txt').write_text(''.join(lines))
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/task'), reason='reads /proc')
+@pytest.mark.parametrize(('number', 'status'), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
+def test_interrupted_it_leaves_nothing(tmp_path, number, status):
+    a_text_that_takes_a_while(tmp_path, 8000)
+    code, errors = in_a_moment(None, lambda job: job.send_signal(number), tmp_path)
+    assert code == status and 'Traceback' not in errors
+    assert not list((tmp_path / 'data').iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists('/proc/self/task'), reason='reads /proc')
+def test_killed_at_any_instant_a_dataset_is_complete_or_has_no_train_bin(tmp_path):
+    a_text_that_takes_a_while(tmp_path, 2000)
+    started = time.monotonic()
+    assert in_a_moment(1000, lambda job: None, tmp_path)[0] == 0
+    seconds, folder = time.monotonic() - started, tmp_path / 'data' / 'x'
+    whole = {file.name: file.read_bytes() for file in folder.iterdir()}
+    rng, killed, there = random.Random(1), 0, 0
+    for turn in range(20):
+        if turn % 2:
+            shutil.rmtree(folder, ignore_errors=True)
+        code, _ = in_a_moment(rng.uniform(0.3, 1.1) * seconds, lambda job: job.kill(), tmp_path)
+        killed += code == -signal.SIGKILL
+        if (folder / 'train.bin').exists():
+            there += 1
+            assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
+            Dataset('x', tmp_path / 'data', verify=True)
+    assert killed >= 10 and there >= 5

@@ -7,6 +7,7 @@ import signal
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from conftest import ROOT, TEXT, TINY, command
 from safetensors.torch import load_file
@@ -421,6 +422,67 @@ def test_an_id_outside_the_vocabulary_is_refused(run, sheep):
     tokens[-1] = 300
     tokens.tofile(sheep / 'train.bin')
     assert 'train.bin has the id 300, the vocabulary 257' in train(run, code=1).err
+
+
+def test_a_recorded_id_outside_the_vocabulary_is_refused(run, sheep):
+    meta = json.loads((sheep / 'meta.json').read_text())
+    meta['val']['highest'] = 70_000
+    (sheep / 'meta.json').write_text(json.dumps(meta))
+    assert 'val.bin has the id 70,000, the vocabulary 257' in train(run, code=1).err
+
+
+def test_checksums_are_compared_on_request(run, sheep):
+    train(run, '--verify_data', '--eval_only')
+    tokens = np.fromfile(sheep / 'train.bin', dtype=np.uint16)
+    tokens[len(tokens) // 2] ^= 1
+    tokens.tofile(sheep / 'train.bin')
+    train(run, '--eval_only')
+    assert 'the checksum of train.bin is not the one in meta.json' in train(run, '--verify_data', code=1).err
+
+
+def test_nanogpts_files_train_as_ours_of_the_same_text(run, tmp_path):
+    (tmp_path / 'x.txt').write_text(TEXT * 2)
+    assert run('prepare.py', '--input=x.txt', '--tokenizer=gpt2', '--name=ours').code == 0
+    # What nanoGPT's data/shakespeare/prepare.py does: nine tenths of the characters, uint16, nothing else.
+    encoding, folder = tiktoken.get_encoding('gpt2'), tmp_path / 'data' / 'theirs'
+    folder.mkdir()
+    cut = int(len(TEXT * 2) * 0.9)
+    for name, part in {'train': (TEXT * 2)[:cut], 'val': (TEXT * 2)[cut:]}.items():
+        np.array(encoding.encode_ordinary(part), dtype=np.uint16).tofile(folder / f'{name}.bin')
+    flags = ['--block_size=16', '--batch_size=2', '--n_layer=1', '--max_iters=200', '--log_interval=1']
+    for name in ('ours', 'theirs'):
+        result = run('train.py', *TINY, *flags, f'--dataset={name}', f'--out_dir={name}', '--eval_interval=100')
+        assert result.code == 0, result.err
+    assert "data/theirs has no meta.json: taken as nanoGPT's, uint16 tokens of GPT-2." in result.out
+    for key in ('loss', 'val_loss', 'bits_per_byte'):
+        curve = losses(tmp_path / 'theirs', key)
+        assert curve == losses(tmp_path / 'ours', key) and len(curve) == (200 if key == 'loss' else 3)
+    assert curve[200] < 0.7 * curve[0]
+    metas = [json.loads((tmp_path / 'data' / name / 'meta.json').read_text()) for name in ('ours', 'theirs')]
+    documents = [meta[split].pop('documents') for meta in metas for split in ('train', 'val')]
+    assert documents == [1, 1, 0, 0], 'no end-of-text counts theirs'
+    assert metas[0] | {'source': ['nanoGPT']} == metas[1]
+    assert not list(folder.glob('.*'))
+
+
+def test_nanogpts_characters_are_to_be_prepared_again(run, sheep):
+    for name in ('meta.json', 'tokenizer.json'):
+        (sheep / name).unlink()
+    (sheep / 'meta.pkl').touch()
+    assert "data/sheep has nanoGPT's meta.pkl, which is not read." in train(run, code=1).err
+
+
+def test_overlapping_windows_weigh_every_target_of_a_step_alike(run, sheep, tmp_path):
+    flags = ['--stride=8', '--learning_rate=0.0', '--weight_decay=0.0', '--log_interval=1', '--max_iters=4']
+    result = train(run, *flags, '--batch_size=600', '--seed=3')
+    data, model = Dataset('sheep', tmp_path / 'data'), result.globals['model'].eval()
+    n = count_windows(data.train, 32, 8)
+    assert n > 4 * count_windows(data.train, 32) - 8
+    for step, logged in losses(tmp_path / 'out', 'loss').items():
+        order = training_order(np.arange(600 * (step - 1), 600 * step), n, seed=3)
+        assert logged == pytest.approx(model(*windows(data.train, 32, order, 8)).item(), rel=1e-5)
+    assert 'steps   4, each 600 x 1 x 32 = 19,200 tokens' in result.out
+    assert 'stride=33: must be from 1 to 32' in train(run, '--stride=33', out='other', code=1).err
 
 
 def test_bfloat16_is_used_where_asked_for(run, sheep, tmp_path):
