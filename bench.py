@@ -5,7 +5,7 @@
     python bench.py step --device=cuda --dtype=bfloat16 --batch_size=16
     python bench.py sample                    # GPT-2 124M writes one sequence
     python bench.py sample --device=cuda --dtype=bfloat16 --ways=ours,compiled
-    python bench.py prepare --corpus_mb=1000  # tokenizing a text with one and with all cores
+    python bench.py prepare --corpus_mb=1000  # tokenizing a text with all cores
     python bench.py data                      # batches of it, without a model
 """
 
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -189,7 +190,7 @@ def race():
 
 
 def prepare():
-    """MB/s of prepare.py, and the memory of all its processes, beside what the cores could do in tiktoken alone.
+    """MB/s of prepare.py, and its memory, beside what the cores could do in tiktoken alone.
 
     The text is synthetic: lines of the bundled Shakespeare at random, in documents of 75 lines, 3 kB, on average.
     """
@@ -200,43 +201,44 @@ def prepare():
             while file.tell() < corpus_mb * 10**6:
                 file.writelines([*rng.choices(lines, k=rng.randint(1, 149)), '<|endoftext|>\n'])
         with open(Path(folder, 'text.txt')) as file:
-            parts = [file.read(2**20) for _ in range(16)]
+            parts = [file.read(2**20) for _ in range(min(32, corpus_mb))]
         vocabulary = tokenizer.build('bpe', parts, 8192)
         tokenizer.save(vocabulary, folder)
 
-        def tiktoken_alone():
-            start = time.perf_counter()
-            for part in parts:
-                vocabulary.encode_to_numpy(part, disallowed_special=())
-            return sum(map(len, parts)) / 1e6 / (time.perf_counter() - start)
+        def tiktoken_alone(threads):
+            def work(alike, mine):
+                for _ in range(-(-corpus_mb // 32)):  # for as long: cores that work longer may become slower
+                    for part in mine:
+                        alike.encode_to_numpy(part, disallowed_special=())
 
-        print(f'{corpus_mb} MB of text, {cores} cores; tiktoken alone, on one, is measured before and after')
-        head = 'seconds', 'MB/s', 'tiktoken', 'of its rate x cores', 'peak memory'
-        print(f'{"processes":>9}{head[0]:>10}{head[1]:>10}{head[2]:>12}{head[3]:>22}{head[4]:>14}')
-        rows, before = [], tiktoken_alone()
-        for processes in (1, cores):
-            line = [sys.executable, here / 'prepare.py', '--input=text.txt', f'--tokenizer={folder}']
-            start, peak = time.perf_counter(), 0
-            job = subprocess.Popen([*line, f'--num_proc={processes}'], cwd=folder, stdout=subprocess.DEVNULL)
+            alike, start = [tokenizer.copy(vocabulary) for _ in range(threads)], time.perf_counter()
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(work, alike, [parts[i::threads] for i in range(threads)]))
+            return sum(map(len, parts)) * -(-corpus_mb // 32) / 1e6 / (time.perf_counter() - start)
+
+        runs, line = [], [sys.executable, here / 'prepare.py', '--input=text.txt', f'--tokenizer={folder}']
+        for _ in range(repeats):
+            row, peak, start = [tiktoken_alone(1), tiktoken_alone(cores)], 0, time.perf_counter()
+            job = subprocess.Popen([*line, f'--num_proc={cores}'], cwd=folder, stdout=subprocess.DEVNULL)
             while job.poll() is None:
                 peak = max(peak, memory_of(job.pid))
-                time.sleep(0.2)
+                time.sleep(0.1)
             if job.returncode:
                 raise ValueError('prepare.py did not run.')
-            seconds, after = time.perf_counter() - start, tiktoken_alone()
-            rate, alone, before = corpus_mb / seconds, (before + after) / 2, after
-            rows.append({'processes': processes, 'mb_per_second': rate, 'tiktoken': alone, 'peak_bytes': peak})
-            share = f'{rate / alone / processes:.0%}'
-            print(f'{processes:>9}{seconds:>10.1f}{rate:>10.1f}{alone:>12.1f}{share:>22}{peak / 2**20:>10.0f} MiB')
-    return {'runs': rows}
+            runs.append([*row, corpus_mb / (time.perf_counter() - start), peak / 2**20])
+    one, many, ours, peak = (statistics.median(column) for column in zip(*runs, strict=True))
+    print(f'{corpus_mb} MB of text, medians of {repeats}')
+    print(f'tiktoken alone, one core     {one:8.1f} MB/s')
+    print(f'tiktoken alone, {cores} cores      {many:8.1f} MB/s, {many / one / cores:.0%} of {cores} x one')
+    share = f'{ours / one / cores:.0%} of {cores} x one, {ours / many:.0%} of the line above'
+    print(f'prepare.py, {cores} cores          {ours:8.1f} MB/s, {share}\npeak memory                  {peak:8.0f} MiB')
+    return {'tiktoken': one, 'mb_per_second': ours, 'share': ours / one / cores, 'peak_mib': peak, 'runs': runs}
 
 
 def memory_of(process):
-    """Bytes in the memory of a process and its children, each shared page once; 0 where there is no /proc."""
+    """Bytes in the memory of a process; 0 where there is no /proc."""
     try:
-        children = Path(f'/proc/{process}/task/{process}/children').read_text().split()
-        share = re.search(r'Pss: +(\d+)', Path(f'/proc/{process}/smaps_rollup').read_text())
-        return 1024 * int(share[1]) + sum(map(memory_of, children))
+        return 1024 * int(re.search(r'VmRSS:\s+(\d+)', Path(f'/proc/{process}/status').read_text())[1])
     except (OSError, TypeError):  # it has just ended
         return 0
 

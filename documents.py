@@ -7,17 +7,15 @@ pieces, (text, whether the document ends there). Joined, the tokens of the piece
 import bz2
 import codecs
 import collections
+import contextlib
 import gzip
 import itertools
 import lzma
-import multiprocessing
-import os
 import random
 import re
-import signal
 import threading
 from array import array
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -75,7 +73,7 @@ def read_files(files, column):
     """Text files and tables, one after the other, without the documents that are all white space."""
     inside = False
     for text, ends in itertools.chain.from_iterable(read_file(file, column) for file in files):
-        if inside or not ends or text.strip():
+        if inside or not ends or not (text.isspace() or text == ''):
             yield text, ends
             inside = not ends
 
@@ -110,7 +108,8 @@ def read_text(path):
             except UnicodeDecodeError as error:
                 raise Unreadable(not_utf8(path, done - len(error.object) + error.start)) from None
             *whole, rest = SEPARATOR.split(rest)
-            yield from ((text, True) for text in whole)
+            for text in whole:
+                yield text, True
             if len(rest) > PIECE and (cut := CUT.match(rest)):
                 yield rest[: cut.end()], False
                 rest = rest[cut.end() :]
@@ -254,45 +253,38 @@ def encode_pieces(pieces, tokenizer, end_of_text, dtype='uint32'):
     pieces: [(text, whether a document ends there), ...]. Returns the ids, (n,) of the dtype, and for each piece its
     tokens, its UTF-8 bytes and whether a document ends there, (len(pieces),) int64 each.
     """
-    ids, counts, after = [], [], np.array([] if end_of_text is None else [end_of_text], dtype)
-    for text, ends in pieces:
-        found = tokenizers.encode(tokenizer, text)
-        ids += [found.astype(dtype), after] if ends else [found.astype(dtype)]
-        size = len(text) if text.isascii() else len(text.encode())
-        counts.append((len(found) + len(after) * ends, size, ends))
-    return np.concatenate([*ids, after[:0]]), *np.array(counts, dtype=np.int64).reshape(-1, 3).T
+    texts, ends = [text for text, _ in pieces], np.array([ends for _, ends in pieces], np.int64)
+    sizes = np.array([len(text) if text.isascii() else len(text.encode(errors='ignore')) for text in texts], np.int64)
+    after = np.array([] if end_of_text is None else [end_of_text], dtype)
+    together = tokenizers.END_OF_TEXT.join(texts)
+    if len(after) and ends[:-1].all() and together.count(tokenizers.END_OF_TEXT) == len(texts) - 1:
+        with contextlib.suppress(ValueError):  # in one call, which is faster; below it is said again of the right text
+            ids = np.append(tokenizers.encode(tokenizer, together, {tokenizers.END_OF_TEXT}), after[: ends[-1]])
+            stops = np.flatnonzero(ids == end_of_text) + 1
+            return ids.astype(dtype), np.diff(stops if ends[-1] else [*stops, len(ids)], prepend=0), sizes, ends
+    ids = [np.append(tokenizers.encode(tokenizer, text), after[:end]) for text, end in zip(texts, ends, strict=True)]
+    counts = np.array([len(part) for part in ids], np.int64)
+    return np.concatenate([after[:0], *ids]).astype(dtype), counts, sizes, ends
 
 
-def encode_all(batches, tokenizer, end_of_text, dtype, processes=1):
-    """(name, pieces) to (name, *encode_pieces(pieces)), in their order, by several processes if asked for.
+def encode_all(batches, tokenizer, end_of_text, dtype, threads=1):
+    """(name, pieces) to (name, *encode_pieces(pieces)), in their order, by several threads: tiktoken needs no Python.
 
     No more batches are taken ahead than keep all of them busy.
     """
-    if processes == 1:
+    waiting, own = collections.deque(), threading.local()
+
+    def begin():
+        own.tokenizer = tokenizers.copy(tokenizer)
+
+    def work(pieces):
+        return encode_pieces(pieces, own.tokenizer, end_of_text, dtype)
+
+    with ThreadPoolExecutor(threads, initializer=begin) as pool:
         for name, pieces in batches:
-            yield name, *encode_pieces(pieces, tokenizer, end_of_text, dtype)
-        return
-    state, waiting = (tokenizer, end_of_text, dtype), collections.deque()
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), _begin, state)
-    try:
-        for name, pieces in batches:
-            waiting.append((name, pool.submit(_work, pieces)))
-            if len(waiting) > 3 * processes:
+            waiting.append((name, pool.submit(work, pieces)))
+            if len(waiting) > 3 * threads:
                 name, result = waiting.popleft()
                 yield name, *result.result()
         for name, result in waiting:
             yield name, *result.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _begin(*state):
-    """In each process: Ctrl-C is the first one's matter, and when that is gone, this one goes too."""
-    global _state
-    _state = state
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-
-
-def _work(pieces):
-    return encode_pieces(pieces, *_state)

@@ -39,7 +39,7 @@ vocab_size = 4096  # of a bpe vocabulary
 val_fraction: float | None = None  # of the text, for validation; None: a tenth but 10 MB at most, 0.0005 when streaming
 max_tokens: int | None = None  # to train on; None: all
 seed = 1337  # of the draw that decides which documents are for validation
-num_proc: int | None = None  # processes that tokenize; None: one a core
+num_proc: int | None = None  # threads that tokenize; None: one a core
 # a corpus of the Hub
 subset: str | None = None  # its configuration, such as 20231101.de of wikipedia
 split = 'train'  # its split to train on; its validation split is used if it has one
@@ -150,7 +150,6 @@ def main():
         built = tokenizers.build(tokenizer, texts, vocab_size, end_of_text=several)
     end_of_text = tokenizers.end_of_text_id(built) if several else None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    processes = num_proc or (cores if streaming else min(cores, 1 + size // 2**24))
 
     target.parent.mkdir(exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f'.{target.name}-', dir=target.parent))
@@ -164,7 +163,7 @@ def main():
             'end_of_text': tokenizers.end_of_text_id(built),
         }
         batches, dtype = documents.in_batches(divided()), np.dtype(meta['dtype']).newbyteorder('<')
-        encoded = documents.encode_all(batches, built, end_of_text, dtype, processes)
+        encoded = documents.encode_all(batches, built, end_of_text, dtype, num_proc or cores)
         with contextlib.closing(encoded):
             meta |= write(temporary, encoded, size)
         for part in ('train', 'val'):

@@ -87,13 +87,25 @@ def _encoding(pattern, ranks, special=None):
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
+def copy(tokenizer):
+    """Another one like it: threads that use one and the same wait for each other in its regular expression."""
+    return tiktoken.Encoding(
+        tokenizer.name,
+        pat_str=tokenizer._pat_str,
+        mergeable_ranks=tokenizer._mergeable_ranks,
+        special_tokens=tokenizer._special_tokens,
+    )
+
+
 def end_of_text_id(tokenizer):
     """The id of `<|endoftext|>`, or None."""
     return tokenizer.encode_single_token(END_OF_TEXT) if END_OF_TEXT in tokenizer.special_tokens_set else None
 
 
-def encode(tokenizer, text):
-    """The ids of a text, (n,) uint32; `<|endoftext|>` in it is plain text. Decoding gives back the same bytes.
+def encode(tokenizer, text, special=frozenset()):
+    """The ids of a text, (n,) uint32; `<|endoftext|>` in it is plain text unless `special` has it.
+
+    Decoding gives back the same bytes.
 
     Raises ValueError for what cannot be given back: a lone surrogate, a character outside a `char` alphabet.
     """
@@ -106,7 +118,7 @@ def encode(tokenizer, text):
                     f"{len(unknown)} character{'s' * (len(unknown) > 1)} outside the tokenizer's alphabet: {listed}"
                     f'{" ..." if len(unknown) > 5 else ""}.'
                 )
-        return tokenizer.encode_to_numpy(text, disallowed_special=())
+        return tokenizer.encode_to_numpy(text, allowed_special=special, disallowed_special=())
     except UnicodeEncodeError as error:
         place = text.index(error.object[error.start])
         raise ValueError(
