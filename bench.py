@@ -230,7 +230,7 @@ def prepare():
     print(f'{corpus_mb} MB of text, medians of {repeats}')
     print(f'tiktoken alone, one core     {one:8.1f} MB/s')
     print(f'tiktoken alone, {cores} cores      {many:8.1f} MB/s, {many / one / cores:.0%} of {cores} x one')
-    share = f'{ours / one / cores:.0%} of {cores} x one, {ours / many:.0%} of the line above'
+    share = f'{ours / one / cores:.0%} of {cores} x one, {ours / many:.0%} of these'
     print(f'prepare.py, {cores} cores          {ours:8.1f} MB/s, {share}\npeak memory                  {peak:8.0f} MiB')
     return {'tiktoken': one, 'mb_per_second': ours, 'share': ours / one / cores, 'peak_mib': peak, 'runs': runs}
 
