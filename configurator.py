@@ -153,6 +153,8 @@ def _types(annotation):
 
 def _run_config_file(path, knobs):
     """The public variables a config file sets; the knobs as they are so far are its starting point."""
+    if path.endswith(('.txt', '.md', '.json', '.jsonl', '.csv', '.parquet')):
+        end(f'{path} is no config file but a text: flags are written --name=value.')
     try:
         with open(path, encoding='utf-8') as file:
             source = file.read()

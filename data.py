@@ -13,6 +13,7 @@ way a step is divided into micro-batches or over processes cannot change what it
 import hashlib
 import json
 import os
+import tempfile
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ class Dataset:
         self.name, self.folder = name, os.path.join(root, name)
         how = 'python prepare.py' + ('' if name == 'shakespeare' else f' --input=YOUR_TEXT --name={name}')
         there = os.listdir(self.folder) if os.path.isdir(self.folder) else ()
-        if {'train.bin', 'val.bin'} <= set(there) and not {'meta.json', 'tokenizer.json'} & set(there):
+        if {'train.bin', 'val.bin'} <= set(there) and 'meta.json' not in there:
             if 'meta.pkl' in there:
                 raise ValueError(f"{self.folder} has nanoGPT's meta.pkl, which is not read. Make it again with: {how}")
             there = adopt(self.folder)
@@ -78,7 +79,10 @@ class Dataset:
 
 
 def adopt(folder):
-    """Add to nanoGPT's train.bin and val.bin, uint16 ids of GPT-2's tokens, what they lack. Returns all file names."""
+    """Add to nanoGPT's train.bin and val.bin, uint16 ids of GPT-2's tokens, what they lack. Returns all file names.
+
+    Raises ValueError for ids of something else. Processes of one run may all do this at the same time.
+    """
     print(f"{folder} has no meta.json: taken as nanoGPT's, uint16 tokens of GPT-2. It is read once to write one.")
     tokenizer = build('gpt2')
     meta = {'format': 1, 'source': ['nanoGPT'], 'dtype': 'uint16', 'tokenizer': 'gpt2', 'vocab_size': tokenizer.n_vocab}
@@ -86,18 +90,24 @@ def adopt(folder):
     lengths = np.zeros(2**16, dtype=np.int64)  # end-of-text stands for no byte
     lengths[: tokenizer.eot_token] = [len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.eot_token)]
     for split in ('train', 'val'):
-        tokens = np.memmap(os.path.join(folder, f'{split}.bin'), dtype='<u2', mode='r')
-        counts, digest = np.zeros(2**16, dtype=np.int64), hashlib.sha256()
+        counts, digest, path = np.zeros(2**16, dtype=np.int64), hashlib.sha256(), os.path.join(folder, f'{split}.bin')
+        size = os.path.getsize(path)
+        tokens = np.memmap(path, dtype='<u2', mode='r') if size and size % 2 == 0 else []
         for start in range(0, len(tokens), 2**24):
             counts += np.bincount(tokens[start : start + 2**24], minlength=2**16)
             digest.update(tokens[start : start + 2**24])
+        if not counts[: tokenizer.eot_token].any() or counts[tokenizer.n_vocab :].any():
+            raise ValueError(f"{path} does not hold GPT-2's tokens, 16 bits each: prepare the text again.")
         meta[split] = {'tokens': len(tokens), 'bytes': int(counts @ lengths), 'highest': int(counts.nonzero()[0].max())}
         meta[split] |= {'documents': int(counts[tokenizer.eot_token]), 'sha256': digest.hexdigest()}
-    save(tokenizer, folder)
-    temporary = os.path.join(folder, f'.meta-{os.getpid()}.json')  # processes of one run may all write it
-    with open(temporary, 'w', encoding='utf-8') as file:
-        json.dump(meta, file, indent=1)
-    os.replace(temporary, os.path.join(folder, 'meta.json'))
+    if os.path.exists(os.path.join(folder, 'tokenizer.json')) and load(folder).n_vocab != tokenizer.n_vocab:
+        raise ValueError(f"{folder} has no meta.json, and its tokenizer is not GPT-2's: prepare the text again.")
+    with tempfile.TemporaryDirectory(prefix='.meta-', dir=folder) as temporary:
+        save(tokenizer, temporary)
+        with open(os.path.join(temporary, 'meta.json'), 'w', encoding='utf-8') as file:
+            json.dump(meta, file, indent=1)
+        for name in ('tokenizer.json', 'tokenizer_config.json', 'meta.json'):  # with the last it is complete
+            os.replace(os.path.join(temporary, name), os.path.join(folder, name))
     return os.listdir(folder)
 
 

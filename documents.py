@@ -8,8 +8,10 @@ import bz2
 import codecs
 import collections
 import contextlib
+import glob
 import gzip
 import itertools
+import logging
 import lzma
 import random
 import re
@@ -50,7 +52,10 @@ def kind_of(path):
 
 
 def find_files(paths):
-    """The files named by a comma-separated list of files and folders. Raises FileNotFoundError."""
+    """The files named by a comma-separated list of files and folders, each once; a folder's hidden ones are left out.
+
+    Raises FileNotFoundError, or ValueError for a pipe.
+    """
     files = []
     for path in paths.split(','):
         if not path:
@@ -59,14 +64,17 @@ def find_files(paths):
         found = sorted(path.rglob('*')) if path.is_dir() else [path]
         if path.is_dir():
             found = [file for file in found if kind_of(file)[0] in known and file.is_file()]
+            found = [file for file in found if not any(part[0] == '.' for part in file.relative_to(path).parts)]
+        elif path.exists() and not path.is_file():
+            raise ValueError(f'{path} is no regular file, and a text is read several times: save it to a file first.')
         if not found or not found[0].exists():
             raise FileNotFoundError(
                 f'The folder {path} has no file that ends in {", ".join(known)}.'
                 if path.is_dir()
-                else f'There is no file {path}.'
+                else f'There is no file {path}' + (': commas separate names.' if ',' in paths else '.')
             )
         files += found
-    return files
+    return list({file.resolve(): file for file in files}.values())
 
 
 def read_files(files, column):
@@ -86,13 +94,20 @@ def read_file(path, column):
             return
         from datasets import load_dataset
 
-        rows = load_dataset(TABLES[suffix], data_files=str(path), split='train', streaming=True)
+        logging.getLogger('datasets').setLevel(logging.CRITICAL)  # what is wrong is said below
+        options = {'keep_default_na': False, 'converters': {column: str}} if suffix == '.csv' else {}  # NA is a word
+        where = glob.escape(str(path))
+        rows = load_dataset(TABLES[suffix], data_files=where, split='train', streaming=True, **options)
         yield from read_rows(rows, path, column)
     except Unreadable:
         raise
     except Exception as error:  # whatever its reader raises
         if suffix in TABLES and suffix != '.parquet':
-            for _ in read_text(path):  # says where it is not UTF-8
+            try:
+                collections.deque(read_text(path), maxlen=0)
+            except Unreadable:  # it says where it is not UTF-8
+                raise
+            except Exception:  # whatever a damaged file makes its reader raise
                 pass
         raise Unreadable(f'{path} cannot be read: {brief(error)}') from None
 
@@ -178,10 +193,10 @@ def open_hub(repository, configuration, split, column, streaming):
     return {part: partial(read_rows, table, repository, column) for part, table in tables.items()}, size
 
 
-def survey(pieces):
+def survey(pieces, to_the_end):
     """The length of each document in characters, their UTF-8 bytes, and whether that was all.
 
-    It ends early when ENOUGH is seen to know that the corpus is a large one.
+    Unless it goes to the end, it ends when ENOUGH is seen to know that the corpus is a large one.
     """
     lengths, size, length = array('q'), 0, 0
     for text, ends in pieces:
@@ -190,7 +205,7 @@ def survey(pieces):
         if ends:
             lengths.append(length)
             length = 0
-            if len(lengths) >= ENOUGH[0] and size >= ENOUGH[1]:
+            if len(lengths) >= ENOUGH[0] and size >= ENOUGH[1] and not to_the_end:
                 return lengths, size, False
     return lengths, size, True
 
@@ -256,8 +271,9 @@ def encode_pieces(pieces, tokenizer, end_of_text, dtype='uint32'):
     texts, ends = [text for text, _ in pieces], np.array([ends for _, ends in pieces], np.int64)
     sizes = np.array([len(text) if text.isascii() else len(text.encode(errors='ignore')) for text in texts], np.int64)
     after = np.array([] if end_of_text is None else [end_of_text], dtype)
-    together = tokenizers.END_OF_TEXT.join(texts)
-    if len(after) and ends[:-1].all() and together.count(tokenizers.END_OF_TEXT) == len(texts) - 1:
+    together, joints = tokenizers.END_OF_TEXT.join(texts), len(texts) - 1
+    simple = len(after) and tokenizer.name != 'char' and ends[:-1].all()
+    if simple and together.count(tokenizers.END_OF_TEXT) == joints:
         with contextlib.suppress(ValueError):  # in one call, which is faster; below it is said again of the right text
             ids = np.append(tokenizers.encode(tokenizer, together, {tokenizers.END_OF_TEXT}), after[: ends[-1]])
             stops = np.flatnonzero(ids == end_of_text) + 1
@@ -280,7 +296,8 @@ def encode_all(batches, tokenizer, end_of_text, dtype, threads=1):
     def work(pieces):
         return encode_pieces(pieces, own.tokenizer, end_of_text, dtype)
 
-    with ThreadPoolExecutor(threads, initializer=begin) as pool:
+    pool = ThreadPoolExecutor(threads, initializer=begin)
+    try:
         for name, pieces in batches:
             waiting.append((name, pool.submit(work, pieces)))
             if len(waiting) > 3 * threads:
@@ -288,3 +305,5 @@ def encode_all(batches, tokenizer, end_of_text, dtype, threads=1):
                 yield name, *result.result()
         for name, result in waiting:
             yield name, *result.result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -37,7 +37,7 @@ name: str | None = None  # write to data/NAME; None: named after the corpus or t
 tokenizer = 'bpe'  # 'bpe', 'char', 'byte', 'gpt2', or a folder (dataset, checkpoint, model) to take it from
 vocab_size = 4096  # of a bpe vocabulary
 val_fraction: float | None = None  # of the text, for validation; None: a tenth but 10 MB at most, 0.0005 when streaming
-max_tokens: int | None = None  # to train on; None: all
+max_tokens: int | None = None  # to train on, and the rest of their document, or megabyte of a text; None: all
 seed = 1337  # of the draw that decides which documents are for validation
 num_proc: int | None = None  # threads that tokenize; None: one a core
 # a corpus of the Hub
@@ -71,7 +71,8 @@ def write(folder, encoded, size):
         for part, ids, tokens, sizes, ends in encoded:
             row = meta[part]
             left = math.inf if max_tokens is None or part == 'val' else max_tokens - row['tokens']
-            kept = 1 + np.searchsorted(tokens.cumsum(), left)  # pieces, with the one that reaches max_tokens
+            # pieces, with the one that reaches max_tokens
+            kept = 1 + np.searchsorted(tokens.cumsum(), left) if left > 0 else 0
             data = ids[: tokens[:kept].sum()]
             files[part].write(data)
             digests[part].update(data)
@@ -80,7 +81,7 @@ def write(folder, encoded, size):
             row['documents'] += int(ends[:kept].sum())
             row['highest'] = max(row['highest'], int(data.max(initial=0)))
             bar.update(int(sizes.sum()))
-            if len(data) >= left:
+            if max_tokens and meta['train']['tokens'] >= max_tokens and meta['val']['documents']:
                 break
         for file in files.values():
             file.flush()
@@ -102,6 +103,7 @@ def main():
         raise ValueError(f'val_fraction={val_fraction} must lie between 0 and 1.')
     check(config, 1, 10**15, 'max_tokens')
     check(config, 1, 1024, 'num_proc')
+    check(config, 1, 2**24, 'vocab_size')
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half done is cleared away
     files = []
     if input is None and dataset != 'shakespeare':
@@ -112,14 +114,21 @@ def main():
         source, called = [repository, subset or configuration], dataset.split('/')[-1]
     else:
         files = [BUNDLED] if input is None else documents.find_files(input)
-        source, called = [file.name for file in files], Path((input or 'shakespeare').split(',')[0]).name
-        suffix, compression = documents.kind_of(Path(called))
-        called = called[: len(called) - len(suffix + compression)]
+        first = Path((input or 'shakespeare').split(',')[0]).resolve()
+        source, called = [file.name for file in files], first.name
+        if first.is_file():
+            called = called.removesuffix(''.join(first.suffixes[-2 if documents.kind_of(first)[1] else -1 :]))
     target = Path('data') / (name or called)
     if target.parent != Path('data') or target.name in ('', '..'):
-        raise ValueError(f"name='{name}' must be a plain name: the dataset is written to data/NAME.")
-    if streaming and (files or tokenizer == 'char'):
-        raise ValueError('streaming=True is for corpora of the Hub, and char cannot be used: it must read all first.')
+        raise ValueError(f"name='{name or called}' must be a plain name: the dataset is written to data/NAME.")
+    if target.exists() and not target.is_dir():
+        raise ValueError(f'{target} is a file: choose another --name.')
+    if input and (dataset != 'shakespeare' or subset):
+        raise ValueError('input is for your own files, dataset and subset for a corpus of the Hub: give one of them.')
+    if streaming and files:
+        raise ValueError('streaming=True is for corpora of the Hub.')
+    if streaming and tokenizer == 'char':
+        raise ValueError("tokenizer='char' must read all of the text first: it cannot be used with streaming.")
     learned = tokenizer in ('bpe', 'char')  # from the text, so built when it is known
     built = None if learned else tokenizers.build(tokenizer)
 
@@ -130,7 +139,9 @@ def main():
         read, size = documents.open_hub(repository, subset or configuration, split, text_column, streaming)
     lengths, several = None, True
     if not streaming:
-        lengths, seen, whole = documents.survey(read['train']())
+        # Only the size of plain files is that of their text.
+        unknown = any(documents.kind_of(file)[1] or documents.kind_of(file)[0] == '.parquet' for file in files)
+        lengths, seen, whole = documents.survey(read['train'](), to_the_end=unknown)
         several, size = not files or len(lengths) > 1, seen if whole else size
         if not lengths:
             raise ValueError(f'There is no text in {", ".join(map(str, files[:3] or source))}.')
@@ -149,6 +160,8 @@ def main():
         texts = documents.sample(texts, size, seed) if tokenizer == 'bpe' else texts
         built = tokenizers.build(tokenizer, texts, vocab_size, end_of_text=several)
     end_of_text = tokenizers.end_of_text_id(built) if several else None
+    if several and end_of_text is None:
+        raise ValueError(f'The tokenizer {tokenizer} has no end-of-text to put between documents: use another one.')
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
     target.parent.mkdir(exist_ok=True)
@@ -176,7 +189,7 @@ def main():
         shutil.rmtree(temporary)
 
     share = meta['val']['bytes'] / (meta['train']['bytes'] + meta['val']['bytes'])
-    if lengths and fraction and not fraction / 2 < share < 2 * fraction:
+    if lengths and fraction and max_tokens is None and not fraction / 2 < share < 2 * fraction:
         print(f'Note: documents stay whole, so {share:.0%} of the text is for validation, not {fraction:.0%}.')
     print(f'{target}: {built.name} tokenizer, {built.n_vocab:,} tokens in its vocabulary')
     print(f'{"split":>9} {"documents":>11} {"bytes":>15} {"tokens":>15} {"bytes/token":>13}')

@@ -82,7 +82,7 @@ def _encoding(pattern, ranks, special=None):
     if pattern == ONE_CHARACTER:
         name = 'byte' if all(bytes([byte]) in ranks for byte in range(256)) else 'char'
     else:
-        name = 'bpe' if pattern == WORDS else 'gpt2'
+        name = 'bpe' if pattern == WORDS else 'gpt2' if len(ranks) == 50256 else 'published'
     special = {END_OF_TEXT: len(ranks)} if special is None else special
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
@@ -171,6 +171,8 @@ def load(folder):
     Raises FileNotFoundError, or ValueError when the file is something else.
     """
     path = os.path.join(folder, 'tokenizer.json')
+    if not os.path.exists(path):
+        raise FileNotFoundError(f'There is no {path}: a tokenizer cannot be taken from there.')
     try:
         with open(path, encoding='utf-8') as file:
             contents = json.load(file)

@@ -30,7 +30,7 @@ def test_the_code_stays_within_its_line_budget():
     # What trains, read in an evening; and each script beside it, with the modules that only it needs.
     trainer = set(needs('train')) - {'plan'}
     assert sum(lines[name] for name in trainer) <= 2050
-    for script, limit in {'prepare': 500, 'sample': 240, 'bench': 320}.items():
+    for script, limit in {'prepare': 520, 'sample': 240, 'bench': 320}.items():
         own = set(needs(script)) - trainer - ({'sample'} if script == 'bench' else set())
         assert sum(lines[name] for name in own) <= limit, script
     assert lines['plan'] <= 160

@@ -2,6 +2,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 import random
 import shutil
 import signal
@@ -177,7 +178,7 @@ def test_a_dataset_interrupted_anywhere_is_complete_or_has_no_train_bin(run, tmp
     ('args', 'message'),
     [
         (['--input=missing.txt'], 'There is no file missing.txt.'),
-        (['--input=ok.txt,missing'], 'There is no file missing.'),
+        (['--input=ok.txt,missing'], 'There is no file missing: commas separate names.'),
         (['--input='], "input='' has an empty name"),
         (['--input=ok.txt,'], "input='ok.txt,' has an empty name"),
         (['--input=nothing'], 'The folder nothing has no file that ends in .txt, .md, .jsonl, .json, .csv, .parquet.'),
@@ -201,6 +202,13 @@ def test_a_dataset_interrupted_anywhere_is_complete_or_has_no_train_bin(run, tmp
         (['--input=latin.jsonl'], 'latin.jsonl is not UTF-8 text: byte 13 cannot be decoded.'),
         (['--input=latin.txt.gz'], 'latin.txt.gz is not UTF-8 text: byte 3 cannot be decoded.'),
         (['--input=broken.txt.gz'], 'broken.txt.gz'),
+        (['--input=broken.jsonl.gz'], 'broken.jsonl.gz cannot be read: '),
+        (['--input=pipe'], 'pipe is no regular file, and a text is read several times: save it to a file first.'),
+        (['--input=rows.jsonl', '--tokenizer=alphabet'], 'The tokenizer alphabet has no end-of-text'),
+        (['--input=rows.jsonl', '--tokenizer=nothing'], 'There is no nothing/tokenizer.json'),
+        (['--input=ok.txt', '--subset=x'], 'give one of them'),
+        (['--input=ok.txt', '--vocab_size=10000000000'], 'vocab_size=10000000000: must be from'),
+        (['ok.txt'], 'ok.txt is no config file but a text'),
         (['--input=broken.parquet'], 'broken.parquet cannot be read: '),
     ],
 )
@@ -216,7 +224,11 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(run, tmp_path, args, m
     (tmp_path / 'latin.txt.gz').write_bytes(gzip.compress(b'caf\xe9'))
     (tmp_path / 'broken.txt.gz').write_bytes(gzip.compress(b'abc' * 100)[:-9])
     (tmp_path / 'broken.parquet').write_bytes(b'PAR1' * 9)
+    (tmp_path / 'broken.jsonl.gz').write_bytes(gzip.compress(b'{"text": "a"}\n' * 999)[:-20])
     (tmp_path / 'nothing').mkdir()
+    (tmp_path / 'alphabet').mkdir()
+    tk.save(tk.build('char', ['abc'], end_of_text=False), tmp_path / 'alphabet')
+    os.mkfifo(tmp_path / 'pipe')
     result = run('prepare.py', *args)
     assert result.code == 1 and message in result.err and result.err.count('\n') == 1
     assert not list((tmp_path / 'data').glob('*'))
@@ -246,6 +258,38 @@ def test_every_format_gives_the_same_documents(run, tmp_path, name):
     texts = documents_of(tmp_path / 'data' / 'x')
     newline = '\n' if kind in ('txt', 'md') else ''
     assert texts['val'] and texts['train'] == [row + newline for row in ROWS if row + newline not in texts['val']]
+
+
+@pytest.mark.parametrize('word', ['NA', 'null', '12', '2026-01-02', 'nan'])
+def test_a_text_that_looks_like_something_else_is_text(run, tmp_path, word):
+    (tmp_path / 'x.csv').write_text('text,id\n' + f'{word},7\n' * 20)
+    assert run('prepare.py', '--input=x.csv', '--tokenizer=byte').code == 0
+    texts = documents_of(tmp_path / 'data' / 'x')
+    assert texts['train'] + texts['val'] == [word] * 20
+
+
+def test_each_file_is_read_once_under_its_own_name_and_hidden_ones_are_not(run, tmp_path):
+    folder = tmp_path / 'a.b'
+    (folder / '.hidden').mkdir(parents=True)
+    for name, text in {'a1.jsonl': 'wrong', 'a[1].jsonl': 'right'}.items():
+        (tmp_path / name).write_text(json.dumps({'text': text}) + '\n')
+    (folder / '.hidden' / 'x.txt').write_text('hidden')
+    (folder / 'x.txt').write_text('seen')
+    (folder / 'y.txt').symlink_to(folder / 'x.txt')
+    result = run('prepare.py', '--input=a.b,a[1].jsonl,a.b/x.txt', '--tokenizer=byte')
+    assert result.code == 0, result.err
+    texts = documents_of(tmp_path / 'data' / 'a.b')
+    assert sorted(texts['train'] + texts['val']) == ['right', 'seen']
+
+
+def test_max_tokens_of_a_single_text_ends_its_training_part_only(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, 'PIECE', 1000)
+    (tmp_path / 'x.txt').write_text(TEXT)
+    result = run('prepare.py', '--input=x.txt', '--tokenizer=byte', '--max_tokens=2000')
+    assert result.code == 0 and 'Note' not in result.out, result.err
+    train, val = (read(tmp_path / 'data' / 'x', split).tobytes() for split in ('train', 'val'))
+    text = np.frombuffer(TEXT.encode(), np.uint8).astype('<u2').tobytes()
+    assert text.startswith(train) and text.endswith(val) and 4000 <= len(train) < 6200 and val
 
 
 def hub(folder, repository, files, columns='text'):

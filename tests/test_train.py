@@ -13,6 +13,7 @@ from conftest import ROOT, TEXT, TINY, command
 from safetensors.torch import load_file
 
 import model as model_module
+import tokenizer
 from data import IGNORE, Dataset, count_windows, training_order, windows
 from model import GPT
 
@@ -463,6 +464,26 @@ def test_nanogpts_files_train_as_ours_of_the_same_text(run, tmp_path):
     assert documents == [1, 1, 0, 0], 'no end-of-text counts theirs'
     assert metas[0] | {'source': ['nanoGPT']} == metas[1]
     assert not list(folder.glob('.*'))
+
+
+def test_nanogpts_files_are_taken_over_after_a_kill_and_only_if_they_are_what_they_must_be(run, tmp_path):
+    folder = tmp_path / 'data' / 'sheep'
+    folder.mkdir(parents=True)
+    ids = np.arange(1000, dtype=np.uint16)
+    for split in ('train', 'val'):
+        ids.tofile(folder / f'{split}.bin')
+    train(run, '--eval_only')
+    (folder / 'meta.json').unlink()  # killed just before it was there
+    train(run, '--eval_only')
+    for spoil in (b'', b'abc', np.array([60_000], np.uint16).tobytes(), np.array([50_256], np.uint16).tobytes()):
+        (folder / 'meta.json').unlink()
+        (folder / 'val.bin').write_bytes(spoil)
+        assert "data/sheep/val.bin does not hold GPT-2's tokens, 16 bits each" in train(run, '--eval_only', code=1).err
+        (folder / 'meta.json').touch()
+    (folder / 'meta.json').unlink()
+    ids.tofile(folder / 'val.bin')
+    tokenizer.save(tokenizer.build('byte'), folder)
+    assert "its tokenizer is not GPT-2's" in train(run, '--eval_only', code=1).err
 
 
 def test_nanogpts_characters_are_to_be_prepared_again(run, sheep):
