@@ -15,7 +15,6 @@ import math
 import os
 import random
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ import tokenizer
 from configurator import can_compile, check, configure, errors_in_one_sentence, pick_device
 from data import count_windows, training_order, windows
 from model import GPT, PUBLISHED, GPTConfig
+from report import memory, synchronize
 from sample import lay_out
 
 # -----------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def sample():
     print(f'{"tokens/s for":<16}{"64 tokens":>12}{"256 tokens":>12}')
     for name in names:
         print(f'{name:<16}{table[name, 64]:>12.1f}{table[name, 256]:>12.1f}')
-    peak = peak_memory(place)
+    peak = memory(place)
     print(f'peak memory of the process: {peak:.2f} GiB')
     return {'tokens_per_second': {f'{name} {n}': rate for (name, n), rate in table.items()}, 'peak_gib': peak}
 
@@ -130,14 +130,14 @@ def step():
         runs[name] = model, optimizer, model if ours else lambda x, y, model=model: plain_loss(model, x, y)
     for _ in range(repeats + 1):  # in turn: speed drifts; the first is to warm up
         for name, (_, optimizer, loss) in runs.items():
-            wait(place)
+            synchronize(place)
             start = time.perf_counter()
             with autocast:
                 nats = loss(idx, idx)
             nats.backward()
             optimizer.step()
             optimizer.zero_grad()
-            wait(place)
+            synchronize(place)
             times[name].append(time.perf_counter() - start)
     print_machine(place)
     print(f'{batch_size} x {block_size} tokens a step; matrix products reach {ceiling / 1e12:.3f} TFLOP/s here')
@@ -149,8 +149,8 @@ def step():
         figures[name]['share'] = flops / seconds / ceiling
         ms, tokens, rate, share = figures[name].values()
         print(f'{name:<18}{ms:>10,.1f}{tokens:>12,.1f}{rate / 1e12:>10.3f}{share:>12.1%}')
-    print(f'peak memory of all: {peak_memory(place):.2f} GiB')
-    return {'gemm_flops': ceiling, 'ways': figures, 'peak_gib': peak_memory(place)}
+    print(f'peak memory of all: {memory(place):.2f} GiB')
+    return {'gemm_flops': ceiling, 'ways': figures, 'peak_gib': memory(place)}
 
 
 def race():
@@ -267,25 +267,12 @@ def gemm_rate(place):
     a, b = torch.randn(2, n, n, device=place, dtype=getattr(torch, dtype))
     times = []
     for _ in range(10):
-        wait(place)
+        synchronize(place)
         start = time.perf_counter()
         a @ b
-        wait(place)
+        synchronize(place)
         times.append(time.perf_counter() - start)
     return 2 * n**3 / min(times)
-
-
-def wait(place):
-    if place.type in ('cuda', 'mps'):
-        getattr(torch, place.type).synchronize()
-
-
-def peak_memory(place):
-    """GiB: of the device on CUDA, else of the process."""
-    if place.type == 'cuda':
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 2**30 if sys.platform == 'darwin' else 2**20  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def print_machine(place):

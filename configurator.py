@@ -26,9 +26,9 @@ import types
 # Knobs of nanoGPT's configs that nothing here needs: a note instead of an error, so that those configs run.
 NANOGPT_ONLY = {
     'eval_iters': 'evaluation always reads the whole validation split',
-    'wandb_log': 'every run is logged to log.jsonl in its out_dir',
-    'wandb_project': 'every run is logged to log.jsonl in its out_dir',
-    'wandb_run_name': 'every run is logged to log.jsonl in its out_dir',
+    'wandb_log': "use tracker='wandb'",
+    'wandb_project': 'runs are in the project flatgpt, or WANDB_PROJECT',
+    'wandb_run_name': 'a run is named as its out_dir',
 }
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 _LOST = re.compile(r'gloo|NCCL|Connection (closed|reset)|ProcessGroup', re.IGNORECASE)  # what torch says of a lost peer

@@ -22,12 +22,7 @@ from data import Dataset
 from model import GPT, PUBLISHED, GPTConfig, find_pretrained, read_config
 from muon import Muon
 from parallel import check_division
-from report import duration
-
-GPUS = {  # (16-bit TFLOP/s without sparsity, GiB), from the makers' data sheets
-    'T4': (65, 16), 'V100': (125, 16), 'A10': (125, 24), 'L4': (121, 24), 'L40S': (362, 48), 'A100': (312, 80),
-    'H100': (989, 80), 'H200': (989, 141), 'B200': (2250, 180), 'RTX3090': (71, 24), 'RTX4090': (165, 24),
-}  # fmt: skip
+from report import GPUS, duration
 
 
 class Memory(TorchDispatchMode):

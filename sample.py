@@ -118,8 +118,11 @@ class Sample:
         return new
 
 
-def write(model, tokenizer, prompt, n, stream=None, **sampling):
-    """n samples that continue a prompt; the first is handed to stream(text) as it is made. Returns Samples."""
+def write(model, tokenizer, prompt, n, stream=None, length=None, **sampling):
+    """n samples that continue a prompt; the first is handed to stream(text) as it is made. Returns Samples.
+
+    length: tokens in each; None: the knob's.
+    """
     try:
         ids = tokenizers.encode(tokenizer, prompt).tolist()
     except ValueError as error:
@@ -135,7 +138,8 @@ def write(model, tokenizer, prompt, n, stream=None, **sampling):
     samples = [Sample(tokenizer, [text for text in (stop or '').split('|') if text]) for _ in range(n)]
     stream = stream or (lambda text: None)
     prompts = torch.tensor([ids] * n, device=place)
-    for tokens in model.generate(prompts, max_new_tokens, partial(choose, generator=generator, **sampling), compile):
+    pick = partial(choose, generator=generator, **sampling)
+    for tokens in model.generate(prompts, length or max_new_tokens, pick, compile):
         new = [sample.add(token) for sample, token in zip(samples, tokens[:, 0].tolist(), strict=True)]
         stream(new[0])
         if all(sample.finish for sample in samples):
@@ -186,6 +190,15 @@ def lay_out(model):
             parameter.data = parameter.data.t().contiguous().t()
 
 
+def open_model(init_from, out_dir, which):
+    """The model that the knobs name: (its folder, the GPT, its tokenizer)."""
+    folder = checkpoint.find(out_dir, which) if init_from == 'resume' else find_pretrained(init_from)
+    model = GPT.from_pretrained(folder)
+    # GPT-2's folders may come without this file; its vocabulary is known
+    known = model.config.vocab_size == 50257 and not os.path.exists(os.path.join(folder, 'tokenizer.json'))
+    return folder, model, tokenizers.build('gpt2') if known else tokenizers.load(folder)
+
+
 def main():
     configure(globals())
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # loading weights would take it for a damaged file
@@ -208,16 +221,13 @@ def main():
         except UnicodeDecodeError:
             raise ValueError(f'{start.removeprefix("FILE:")} is not UTF-8 text.') from None
     place = pick_device(device)
-    folder = checkpoint.find(out_dir, which) if init_from == 'resume' else find_pretrained(init_from)
-    model = GPT.from_pretrained(folder).to(place).eval()
+    _, model, tokenizer = open_model(init_from, out_dir, which)
+    model.to(place).eval()
     if dtype == 'bfloat16' or (dtype == 'auto' and torch.device(place).type == 'cuda'):
         model.bfloat16()
     globals()['compile'] = compile and can_compile(place)
     if torch.device(place).type == 'cpu' and not compile:
         lay_out(model)
-    # GPT-2's folders may come without this file; its vocabulary is known
-    known = model.config.vocab_size == 50257 and not os.path.exists(os.path.join(folder, 'tokenizer.json'))
-    tokenizer = tokenizers.build('gpt2') if known else tokenizers.load(folder)
     if not interactive:
         answer(model, tokenizer, prompt)
     while interactive:

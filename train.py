@@ -20,11 +20,13 @@ import torch
 import checkpoint
 import parallel
 import report
+import tokenizer as tokenizers
 from configurator import can_compile, check, configure, end, errors_in_one_sentence, pick_device
 from data import IGNORE, Dataset, count_windows, training_order, windows
+from evaluate import total_loss
 from model import GPT, PUBLISHED, GPTConfig
 from muon import Muon
-from report import duration, log, say
+from report import log, say, synchronize
 
 # -----------------------------------------------------------------------------
 # run
@@ -37,6 +39,10 @@ always_save_checkpoint = True  # save after every evaluation; False: only when i
 keep_last = 2  # checkpoints to keep, besides the best
 save_weights_interval: int | None = None  # steps between light copies, weights only, which all stay; None: none
 early_stopping_patience: int | None = None  # end after this many evaluations without a new best; None: never
+sample_interval: int | None = None  # steps between texts that the model writes, into the terminal and the log
+sample_prompt = '\n'  # what they continue
+tracker = 'none'  # where else the log goes: 'tensorboard', 'wandb'
+log_norms = False  # log the norms of the parameters and gradients of each block, too
 max_bad_steps = 20  # end after this many skipped steps in a row, whose loss or gradient was not finite
 seed = 1337  # all randomness is a function of it and the step
 # data
@@ -94,13 +100,15 @@ min_lr = (0.0 if schedule == 'wsd' else learning_rate / 10) if min_lr is None el
 
 with errors_in_one_sentence():
     check(config, 1, 10**9, 'batch_size gradient_accumulation_steps block_size eval_interval log_interval')
-    check(config, 1, 10**9, 'keep_last save_weights_interval early_stopping_patience max_bad_steps plan_gpus')
+    check(config, 1, 10**9, 'keep_last save_weights_interval early_stopping_patience max_bad_steps')
+    check(config, 1, 10**9, 'sample_interval plan_gpus')
     check(config, 0, 10**18, 'max_iters seed warmup_iters lr_decay_iters')
     check(config, 0, 10**18, 'learning_rate muon_lr min_lr weight_decay grad_clip')
     check(config, 0, 1 - 1e-6, 'beta1 beta2 muon_momentum')
     check(config, 1e-6, 1, 'cooldown plan_mfu')
     check(config, 1, block_size, 'stride')
-    choices = {'optimizer': 'adamw muon', 'schedule': 'cosine wsd', 'dtype': 'auto float32 bfloat16 float16'}
+    choices = {'optimizer': 'adamw muon', 'schedule': 'cosine wsd', 'tracker': 'none tensorboard wandb'}
+    choices['dtype'] = 'auto float32 bfloat16 float16'
     for name, known in choices.items():
         if config[name] not in known.split():
             raise ValueError(f"{name}='{config[name]}' must be one of: {known.replace(' ', ', ')}.")
@@ -177,6 +185,8 @@ with errors_in_one_sentence():
                 f"{data.vocab_size:,}: prepare the text with the model's, --tokenizer={theirs}"
             )
         config |= {name: getattr(model.config, name) for name in shape}
+    if sample_interval and not tokenizers.encode(data.tokenizer, sample_prompt).size:
+        raise ValueError('sample_prompt is empty: the model needs something to continue.')
     parallel.agree({'init_from': init_from, 'step': state['step'], 'dataset': data.fingerprint()})
     if init_from == 'resume' and not (eval_only or parallel.rank):
         checkpoint.set_aside(path)
@@ -225,25 +235,6 @@ def to_device(*tensors):
     return [tensor.to(device) for tensor in tensors]
 
 
-@torch.no_grad()
-def evaluate():
-    """The mean loss, in nats, over every token of the validation split."""
-    model.eval()
-    sums, counts = [torch.zeros((), device=device)], [0]
-    for start in range(0, count_windows(data.val, block_size), parallel.world * batch_size):
-        start += parallel.rank * batch_size  # past the end there is nothing to count
-        x, y = windows(data.val, block_size, range(start, start + batch_size))
-        with autocast:
-            loss = model(*to_device(x, y))
-        if (y != IGNORE).any():
-            counts.append(int((y != IGNORE).sum()))
-            sums.append(loss * counts[-1])
-    model.train()
-    sums = torch.stack((torch.stack(sums).cpu().double().sum(), torch.tensor(sum(counts)).double()))
-    nats, count = parallel.total(sums).tolist()
-    return nats / count
-
-
 def save(light=False):
     """Save a checkpoint, or a light copy, and say so. If that fails training goes on, unless it is at its end."""
     whole, moments = parallel.gather(model, optimizers)
@@ -256,16 +247,12 @@ def save(light=False):
     try:
         checkpoint.flush(log_path)
         meta['torch'] = torch.__version__
-        return f'saved {checkpoint.save(out_dir, whole, data, meta, None if light else resume, keep_last).name}'
+        checkpoint.save(out_dir, whole, data, meta, None if light else resume, keep_last)
+        return 'saved' if not light else 'weights saved'
     except OSError as error:
         if last or stopping:
             end(f'\n{error}. What was saved before is intact.')
         return f'NOT SAVED: {error}'
-
-
-def synchronize():
-    if device_type in ('cuda', 'mps'):
-        getattr(torch, device_type).synchronize()
 
 
 def count_bad_steps():
@@ -302,18 +289,22 @@ say(
 )
 if init_from == 'resume':
     say(f'resume  {path}, step {state["step"]:,}')
-    say(''.join(f'        {k} was {meta["config"].get(k)!r}, is now {config[k]!r}\n' for k in changed), end='')
+    for name in changed:
+        say(f'        {name} was {meta["config"].get(name)!r}, is now {config[name]!r}')
 
 log_path = os.devnull if parallel.rank else os.path.join(out_dir, 'log.jsonl')
 if not eval_only and not parallel.rank:
     with errors_in_one_sentence():
         checkpoint.own(out_dir)
+        report.start_tracker(tracker, out_dir, config, state['step'])
         report.continue_log(log_path, *((state['step'], state['evaluated']) if init_from == 'resume' else (-1, -1)))
         report.write_config(os.path.join(out_dir, 'config.py'), config, state['step'])
 
 diverged = f'What {out_dir} holds is from before; try a lower learning_rate or a grad_clip.'
 if not eval_only:
     report.obey_signals()
+flops, peak = model.flops_per_token(), report.peak_flops(device, dtype)
+report.headings(peak)
 
 # -----------------------------------------------------------------------------
 # the loop
@@ -328,14 +319,16 @@ while True:
     last, stopping = finished(), parallel.agreed(report.stop)
     due = (step % eval_interval == 0 or last) and state['evaluated'] != step
     light = save_weights_interval and step and step % save_weights_interval == 0
-    if due or light or stopping or eval_only:
-        synchronize()
+    sampling = sample_interval and step > first_step and step % sample_interval == 0
+    if due or light or sampling or stopping or eval_only:
+        synchronize(device)
         train_seconds += time.perf_counter() - mark
         state['train_seconds'] = train_seconds
         count_bad_steps()
         val_loss = None
         if due or eval_only:
-            val_loss = evaluate()
+            nats, targets = total_loss(model, data.val, block_size, batch_size, autocast)
+            val_loss = nats / targets
             if not math.isfinite(val_loss):
                 end(f'The validation loss is {val_loss} at step {step:,}: nothing is saved. {diverged}')
             improved = val_loss < state['best_val_loss']
@@ -343,19 +336,24 @@ while True:
             if improved:
                 state |= {'best_val_loss': val_loss, 'best_step': step, 'evaluations_since_best': 0}
             last = finished()
-            bits = val_loss / math.log(2) / data.bytes_per_token('val')
-            say(f'step {step:>6,}  validation loss {val_loss:.4f}, {bits:.3f} bits per byte', end='')
+            figures = {'val_loss': val_loss, 'perplexity': math.exp(min(val_loss, 700))}
+            figures['bits_per_byte'] = val_loss / math.log(2) / data.bytes_per_token('val')
+            figures['train_seconds'] = round(train_seconds, 3)
         if eval_only:
-            say('')
+            report.validation(step, step * tokens_per_step, figures)
             break
         if due:
-            log(log_path, step=step, val_loss=val_loss, bits_per_byte=bits, train_seconds=round(train_seconds, 3))
+            log(log_path, step=step, **figures)
             worthy = last or stopping or (step and (improved or always_save_checkpoint))
-            say(f', {save()}' if worthy else '')
+            report.validation(step, step * tokens_per_step, figures, save() if worthy else '')
+            if not parallel.rank:
+                report.redraw(out_dir, step, last or stopping)
         if stopping and step > first_step and not due:
-            say(f'step {step:>6,}  {signal.Signals(stopping).name}, {save()}')
+            say(f'{step:>9,}  {signal.Signals(stopping).name}, {save()}')
         if light:
-            say(f'step {step:>6,}  {save(light=True)}')
+            say(f'{step:>9,}  {save(light=True)}')
+        if sampling:
+            report.show_sample(log_path, step, parallel.gather(model, [])[0], data.tokenizer, sample_prompt)
         mark = time.perf_counter()
     if last or stopping:
         break
@@ -380,6 +378,8 @@ while True:
     loss = parallel.total(loss)
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
+    telling = (step + 1) % log_interval == 0 or step + 1 == max_iters
+    block_norms = report.norms(model) if log_norms and telling else {}
     grad_norm = parallel.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
     # A step whose loss or gradient is not finite is skipped by the optimizer, on the device: nobody waits to know.
     is_bad = 1 - (loss.isfinite() & grad_norm.isfinite()).float()
@@ -393,19 +393,19 @@ while True:
     state |= {'step': step, 'windows': state['windows'] + windows_per_step}
 
     # Everything below only tells.
-    if step % log_interval == 0 or step == max_iters:
+    report.show_bar(step, max_iters, quiet=parallel.rank)
+    if telling:
         count_bad_steps()
-        loss, norm = loss.item(), grad_norm.item()
         seconds = train_seconds + time.perf_counter() - mark
         rate = (step - logged_step) * tokens_per_step / (seconds - logged_seconds)
-        left = (max_iters - step) * (seconds - first_seconds) / (step - first_step)
-        finite = {'loss': loss if math.isfinite(loss) else None, 'grad_norm': norm if math.isfinite(norm) else None}
-        lr = lr_share * learning_rate
-        log(log_path, step=step, **finite, lr=lr, tokens_per_second=round(rate), bad_steps=state['bad_steps'])
-        speed = f'{rate:>8,.0f} tokens/s  {duration(left)} left'
-        say(f'step {step:>6,}  loss {loss:.4f}  lr {lr:.2e}  {speed}')
+        record = {'step': step, 'tokens': step * tokens_per_step, 'loss': loss.item(), 'lr': lr_share * learning_rate}
+        record |= {'grad_norm': grad_norm.item(), 'tokens_per_second': round(rate), 'tflops': rate * flops / 1e12}
+        record |= {'gib': report.memory(device), 'bad_steps': state['bad_steps'], **block_norms}
+        seconds_left = (max_iters - step) * (seconds - first_seconds) / (step - first_step)
+        report.progress(log_path, record, peak and peak * parallel.world, seconds_left)
         logged_step, logged_seconds = step, seconds
 
+report.finish()
 if stopping and not last:
     say(f'Go on with: python train.py {shlex.quote(out_dir + "/config.py")} --init_from=resume')
     parallel.leave(128 + stopping)
@@ -413,8 +413,5 @@ if stopping and not last:
 if not eval_only:
     if step < max_iters:
         say(f'Stopped early: no better for {early_stopping_patience} evaluations (early_stopping_patience).')
-    say(
-        f'{duration(train_seconds)} of training steps. Best validation loss {state["best_val_loss"]:.4f}, at step '
-        f'{state["best_step"]:,}.\nSample from it with: python sample.py --out_dir={shlex.quote(out_dir)}'
-    )
+    report.summary(out_dir, step * tokens_per_step, state)
 parallel.leave(0)

@@ -16,25 +16,21 @@ def imports(path):
             yield node.module
 
 
-def needs(script):
-    """A script and all of the project that it imports, so what one reads to know what it does."""
-    names, ours = [script], {path.stem for path in PRODUCT}
-    for name in names:
-        names += sorted(ours & set(imports(ROOT / f'{name}.py')) - set(names))
-    return names
+# Together they are what trains, to be read in an evening; the others stand beside it.
+TRAINER = {
+    'configurator': 215, 'tokenizer': 200, 'data': 170, 'model': 520, 'muon': 65, 'checkpoint': 190, 'parallel': 190,
+    'train': 420,
+}  # fmt: skip
+BESIDE = {'prepare': 210, 'documents': 310, 'sample': 245, 'evaluate': 320, 'report': 290, 'plot': 115, 'plan': 160,
+          'bench': 320}  # fmt: skip
 
 
 def test_the_code_stays_within_its_line_budget():
     lines = {path.stem: len(path.read_text().splitlines()) for path in PRODUCT}
-    assert lines['train'] <= 420 and lines['model'] <= 520, lines
-    # What trains, read in an evening; and each script beside it, with the modules that only it needs.
-    trainer = set(needs('train')) - {'plan'}
-    assert sum(lines[name] for name in trainer) <= 2050
-    for script, limit in {'prepare': 520, 'sample': 240, 'bench': 320}.items():
-        own = set(needs(script)) - trainer - ({'sample'} if script == 'bench' else set())
-        assert sum(lines[name] for name in own) <= limit, script
-    assert lines['plan'] <= 160
-    assert set(lines) == trainer | {'plan'} | set(needs('prepare')) | set(needs('sample')) | {'bench'}
+    limits = TRAINER | BESIDE
+    assert lines.keys() == limits.keys()
+    assert all(lines[name] <= limits[name] for name in lines), lines
+    assert sum(lines[name] for name in TRAINER) <= 1970
 
 
 def test_the_model_can_be_copied_out_alone_and_nobody_imports_the_loop():
@@ -42,7 +38,7 @@ def test_the_model_can_be_copied_out_alone_and_nobody_imports_the_loop():
     assert not ours & set(imports(ROOT / 'model.py'))
     for path in PRODUCT:
         assert 'train' not in set(imports(path)), path.name
-        assert 'documents' not in set(imports(path)) or path.stem == 'prepare'
+        assert 'documents' not in set(imports(path)) or path.stem in ('prepare', 'evaluate')
 
 
 def test_nothing_is_unpickled_but_weights():
