@@ -75,7 +75,10 @@ def own(out_dir):
     A checkpoint that was being replaced by another of the same step when the process was killed gets its name back.
     """
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f'out_dir={out_dir} cannot be made ({error.strerror}): choose another one.') from None
     if fcntl is not None:
         lock = open(out_dir / '.lock', 'w')  # noqa: SIM115  closing it would give the lock up
         try:

@@ -10,7 +10,9 @@ A window of text begins every `stride` tokens; a token counts in the first windo
 least block_size - stride tokens before it. Of several answers the likeliest counts, and the likeliest a character.
 """
 
+import glob
 import json
+import logging
 import math
 import os
 import re
@@ -114,7 +116,7 @@ def log_likelihoods(model, requests, batch_size, autocast=None):
         x = torch.zeros(len(batch), longest, dtype=torch.int64)
         y = torch.full_like(x, IGNORE)
         for row, i in enumerate(batch):
-            ids, n = torch.tensor(requests[i][0][-longest - 1 :]), min(requests[i][1], longest)
+            ids, n = torch.tensor(requests[i][0][-longest - 1 :]), requests[i][1]
             x[row, : len(ids) - 1] = ids[:-1]
             y[row, len(ids) - 1 - n : len(ids) - 1] = ids[-n:]
         counted = y != IGNORE
@@ -129,8 +131,11 @@ def log_likelihoods(model, requests, batch_size, autocast=None):
     return parallel.total(result)
 
 
-def request(tokenizer, context, continuation):
-    """The ids of both together, and how many are the continuation's; spaces that end the context are its."""
+def request(tokenizer, context, continuation, room):
+    """The ids of both together, and how many are the continuation's; spaces that end the context are its.
+
+    Raises ValueError when the model's context has no room for the continuation.
+    """
     stripped = context.rstrip()
     whole = tokenizers.encode(tokenizer, context + continuation).tolist()
     n = len(whole) - len(tokenizers.encode(tokenizer, stripped))
@@ -139,6 +144,8 @@ def request(tokenizer, context, continuation):
         if end_of_text is None:
             raise ValueError('A question has an empty context, and the tokenizer no end-of-text to put there.')
         whole = [end_of_text, *whole]
+    if not 0 < n <= room:
+        raise ValueError(f'An answer has {n:,} tokens, and the model sees {room:,}: {continuation[:30]!r}.')
     return whole, n
 
 
@@ -146,44 +153,59 @@ def read_questions(task, source):
     """The rows of a task's file, or of its corpus on the Hub. Raises ValueError that names the row and the field."""
     from datasets import load_dataset
 
+    logging.getLogger('datasets').setLevel(logging.CRITICAL)  # what is wrong is said below
     try:
         if source == 'hub' and task in HUB:
             repository, configuration, split = HUB[task]
             rows = load_dataset(repository, configuration, split=split)
         else:
-            (path,) = documents.find_files(source)
-            kind = documents.TABLES.get(documents.kind_of(path)[0], 'json')
-            rows = load_dataset(kind, data_files=str(path), split='train', streaming=True)
+            if len(files := documents.find_files(source)) != 1:
+                raise ValueError('it must be one file')
+            kind = documents.TABLES.get(documents.kind_of(files[0])[0], 'json')
+            rows = load_dataset(kind, data_files=glob.escape(str(files[0])), split='train', streaming=True)
         rows = list(rows.take(limit) if limit else rows)
     except FileNotFoundError:
         raise
+    except StopIteration:
+        rows = []
     except Exception as error:  # the Hub's client and the readers have many
         raise ValueError(f'{task}={source} cannot be read: {documents.brief(error)}') from None
+    if not rows:
+        raise ValueError(f'{source} has no questions.')
     for number, row in enumerate(rows, 1):
         for field in FIELDS[task]:
-            if row.get(field) is None:
+            value, answers = row.get(field), row.get('choices', row.get('endings'))
+            what = f"{source}, row {number}: '{field}'"
+            if value is None:
                 needed = ', '.join(FIELDS[task])
                 raise ValueError(f"{source}, row {number}: there is no '{field}'; each row needs {needed}.")
+            if field in ('choices', 'endings'):
+                if not isinstance(value, list) or not all(isinstance(v, str) and clean(v) for v in value):
+                    raise ValueError(f'{what} must be a list of texts, none of them empty.')
+            elif field in ('answer', 'label'):
+                if not re.fullmatch(r'\d+', str(value)) or int(value) >= len(answers):
+                    raise ValueError(f'{what} is {value!r}: it must be from 0 to {len(answers) - 1}.')
+            elif not isinstance(value, str) or (field == 'text' and not value.strip()):
+                raise ValueError(f'{what} must be a text, not {value!r}.')
     return rows
+
+
+def clean(text):
+    """HellaSwag's text without the marks of where it comes from, as the harness has it."""
+    text = re.sub(r'\[.*?\]', '', text.strip().replace(' [title]', '. '))
+    return text.replace('  ', ' ')
 
 
 def hellaswag_choice(row):
     """(context, answers, index of the right one), as EleutherAI's lm-evaluation-harness has it."""
-
-    def clean(text):
-        text = re.sub(r'\[.*?\]', '', text.strip().replace(' [title]', '. '))
-        return text.replace('  ', ' ')
-
     context = clean(f'{row["activity_label"]}: {row["ctx_a"]} {row["ctx_b"].capitalize()}')
     return context, [clean(ending) for ending in row['endings']], int(row['label'])
 
 
 def judge_choices(model, tokenizer, questions, **options):
     """questions: [(context, answers, index of the right one), ...]. How often the likeliest answer is right."""
-    for number, (_, answers, right) in enumerate(questions, 1):
-        if not 0 <= right < len(answers):
-            raise ValueError(f'Question {number} has {len(answers)} answers, and {right} is said to be the right one.')
-    asked = [request(tokenizer, context, ' ' + answer) for context, answers, _ in questions for answer in answers]
+    room = model.config.block_size
+    asked = [request(tokenizer, text, ' ' + answer, room) for text, answers, _ in questions for answer in answers]
     scores = iter(log_likelihoods(model, asked, **options)[:, 0].tolist())
     plain = by_length = 0
     for _, answers, right in questions:
@@ -196,10 +218,16 @@ def judge_choices(model, tokenizer, questions, **options):
 
 def judge_lambada(model, tokenizer, rows, **options):
     """How often the last word of a text is what greedy decoding gives, and its perplexity."""
-    asked = [request(tokenizer, text.rpartition(' ')[0], ' ' + text.rpartition(' ')[2]) for text in rows]
+    parts = [text.rpartition(' ') for text in rows]
+    asked = [request(tokenizer, before, ' ' + word, model.config.block_size) for before, _, word in parts]
     scores = log_likelihoods(model, asked, **options)
     accuracy = share('accuracy', scores[:, 1].sum().item(), len(rows))
-    return {'questions': len(rows), **accuracy, 'perplexity': math.exp(-scores[:, 0].mean())}
+    return {'questions': len(rows), **accuracy, 'perplexity': exponential(-scores[:, 0].mean().item())}
+
+
+def exponential(nats):
+    """A perplexity; None where it is beyond all numbers."""
+    return math.exp(nats) if nats < 700 else None
 
 
 def share(name, right, n):
@@ -225,20 +253,21 @@ def judge_text(model, tokenizer, folder, autocast):
         if name is None:
             raise ValueError('Say on what to judge it: --dataset=NAME, --input=FILE, --hellaswag=hub, ...')
         data = Dataset(name)
-        if data.vocab_size != tokenizer.n_vocab:
+        if not tokenizers.same(data.tokenizer, tokenizer):
             raise ValueError(
-                f'{data.folder} has a vocabulary of {data.vocab_size:,} tokens, the model one of '
+                f'{data.folder} has a vocabulary of {data.vocab_size:,} tokens, the model another one of '
                 f'{tokenizer.n_vocab:,}: prepare the text with --tokenizer={folder}'
             )
         tokens, source = data.val if part == 'val' else data.train, f'{data.folder}, {part}'
-        cuts = np.flatnonzero(tokens == end_of_text) if end_of_text is not None else []
-        pieces = [piece[piece != end_of_text] for piece in np.split(tokens, cuts)]
-        texts = [data.tokenizer.decode_bytes(piece).decode(errors='replace') for piece in pieces]
+        cuts = np.flatnonzero(tokens == end_of_text) + 1 if end_of_text is not None else []
+        pieces = [piece[piece != end_of_text] for piece in np.split(tokens, cuts) if len(piece)]
+        texts = [tokenizer.decode_bytes(piece).decode(errors='surrogateescape') for piece in pieces]
     words = sum(len(text.split()) + text.count('\n') for text in texts)
-    size = sum(len(text.encode(errors='replace')) for text in texts)
+    size = sum(len(text.encode(errors='surrogateescape')) for text in texts)
     if detokenize or tokens is None:
         for mark, text in MARKS if detokenize else []:
             texts = [re.sub(mark, text, document) for document in texts]
+        texts = [text.encode(errors='surrogateescape').decode(errors='replace') for text in texts]
         pieces = [(text, len(texts) > 1) for text in texts]
         tokens = documents.encode_pieces(pieces, tokenizer, end_of_text if len(texts) > 1 else None)[0]
     if len(tokens) < 2:
@@ -249,9 +278,9 @@ def judge_text(model, tokenizer, folder, autocast):
         'source': source,
         'tokens': len(tokens),
         'loss': loss,
-        'perplexity': math.exp(min(loss, 700)),
+        'perplexity': exponential(loss),
         'bits_per_byte': whole / math.log(2) / size,
-        'word_perplexity': math.exp(min(whole / max(words, 1), 700)),
+        'word_perplexity': exponential(whole / max(words, 1)),
         'words': words,
         'bytes': size,
     }
@@ -277,6 +306,8 @@ def main():
     precision = nullcontext() if exact else torch.autocast(kind, getattr(torch, dtype.replace('auto', 'bfloat16')))
     options = {'batch_size': batch_size, 'autocast': precision}
     results = {'model': str(folder)}
+    if input and dataset:
+        raise ValueError('Give input or dataset, not both.')
     if input or dataset or not (hellaswag or lambada or choices):
         results['text'] = judge_text(model, tokenizer, folder, precision)
     if hellaswag:
@@ -306,7 +337,8 @@ def show(results):
                 print(f'  {name.replace("_", " "):<22}{value:>16,}')
             elif not name.endswith('_error'):
                 error = f' ± {figures[f"{name}_error"]:.4f}' if f'{name}_error' in figures else ''
-                print(f'  {name.replace("_", " "):<22}{value:>16,.4f}{error}')
+                text = '-' if value is None else f'{value:,.4f}' if value < 1e8 else f'{value:.4g}'
+                print(f'  {name.replace("_", " "):<22}{text:>16}{error}')
 
 
 if __name__ == '__main__':

@@ -16,16 +16,23 @@ file: str | None = None  # the picture to write; None: loss.png in the (first) r
 
 
 def read_log(folder):
-    """The records of a run's log.jsonl, without a line that was cut short. Raises FileNotFoundError."""
+    """The records of a run's log.jsonl, without a line that was cut short.
+
+    Raises FileNotFoundError, or ValueError when there is none.
+    """
     path, records = os.path.join(folder, 'log.jsonl'), []
     if not os.path.exists(path):
         raise FileNotFoundError(f'There is no {path}: name the out_dir of a run.')
     with open(path, encoding='utf-8', errors='replace') as lines:
         for line in lines:
             try:
-                records.append(dict(json.loads(line)))
+                record = json.loads(line)
             except ValueError:
                 continue
+            if isinstance(record, dict) and isinstance(record.get('step'), int):
+                records.append(record)
+    if not records:
+        raise ValueError(f'{path} has no steps yet.')
     return records
 
 
@@ -52,12 +59,12 @@ def draw(runs, path):
         train = [r for r in records if r.get('loss') is not None]
         val = [r for r in records if r.get('val_loss') is not None]
         steps, losses = [r['step'] for r in train], [r['loss'] for r in train]
-        label = f'{name}, ' if len(runs) > 1 else ''
+        label = f'{name}, '.replace('$', r'\$').lstrip('_') if len(runs) > 1 else ''
         if train:
             above.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
             above.plot(steps, smooth(losses, len(losses) / 20), color=color, linewidth=1.2, label=f'{label}training')
-            below.plot(steps, [r['lr'] for r in train], color=color, label='learning rate')
-            right.plot(steps, [r['grad_norm'] for r in train], color=color, alpha=0.4, linewidth=0.8)
+            below.plot(steps, [r.get('lr') for r in train], color=color, label='learning rate')
+            right.plot(steps, [r.get('grad_norm') for r in train], color=color, alpha=0.4, linewidth=0.8)
         if val:
             best = min(val, key=lambda r: r['val_loss'])
             dark = 'black' if len(runs) == 1 else color
@@ -99,7 +106,10 @@ def main():
     configure(globals())
     folders = out_dir.split(',')
     path = file or os.path.join(folders[0], 'loss.png')
-    draw({folder: read_log(folder) for folder in folders}, path)
+    runs = {folder: read_log(folder) for folder in folders}
+    if not path.endswith('.png') or not os.path.isdir(os.path.dirname(path) or '.'):
+        raise ValueError(f'file={path} must be a .png in a folder that is there.')
+    draw(runs, path)
     print(path)
 
 

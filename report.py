@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from configurator import nobody_reads
+from configurator import end, nobody_reads
 from parallel import whole
 from plot import draw, read_log
 from sample import write
+from tokenizer import encode
 
 try:
     import resource
@@ -106,12 +107,23 @@ def validation(step, tokens, figures, saved=''):
     say(f'{line}{bits:.3f} bits per byte' + (saved and f', {saved}'))
 
 
+def check_prompt(tokenizer, prompt, block_size):
+    """Raises ValueError for a sample_prompt that cannot be used."""
+    try:
+        n = len(encode(tokenizer, prompt))
+    except ValueError as error:
+        raise ValueError(f'sample_prompt={prompt!r} cannot be used with this dataset: {error}') from None
+    if not 0 < n <= block_size:
+        raise ValueError(f'sample_prompt has {n:,} tokens: it must have from 1 to block_size={block_size}.')
+
+
 def show_sample(path, step, model, tokenizer, prompt):
     """Let a model write 100 tokens, and log them. It touches nothing random of the training."""
     if model is not None:  # with FSDP it is in one piece in one process only
         (sample,) = write(model.eval(), tokenizer, prompt, 1, length=100, temperature=0.8, top_k=200)
         model.train()
-        say(f'{prompt}{sample.text}\n{"-" * 80}')
+        shown = ''.join(c if c.isprintable() or c in '\n\t' else '\ufffd' for c in prompt + sample.text)
+        say(f'{shown}\n{"-" * 80}')
         log(path, step=step, sample=prompt + sample.text)
 
 
@@ -148,6 +160,12 @@ def finish():
             _end()
 
 
+def fail(message):
+    """End the run with one sentence, below the bar."""
+    finish()
+    end(message)
+
+
 def start_tracker(kind, out_dir, config, step):
     """Have what is logged sent to 'wandb' or 'tensorboard' too, after a resume in the same place.
 
@@ -159,7 +177,7 @@ def start_tracker(kind, out_dir, config, step):
             from matplotlib.image import imread
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(os.path.join(out_dir, 'tensorboard'), purge_step=step + 1 if step else None)
+            writer = SummaryWriter(os.path.join(out_dir, 'tensorboard'), purge_step=step + 1 if step else 0)
 
             def _send(record):
                 for name, value in record.items():
@@ -178,7 +196,7 @@ def start_tracker(kind, out_dir, config, step):
             import wandb
 
             path = os.path.join(out_dir, 'wandb_id')
-            if not os.path.exists(path):
+            if not step or not os.path.exists(path):
                 replace(path, [uuid.uuid4().hex[:8]])
             with open(path, encoding='utf-8') as file:
                 settings = wandb.Settings(console='off', init_timeout=30)

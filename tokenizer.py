@@ -97,6 +97,11 @@ def copy(tokenizer):
     )
 
 
+def same(a, b):
+    """Whether two tokenizers have the same tokens under the same ids."""
+    return (a._mergeable_ranks, a._special_tokens) == (b._mergeable_ranks, b._special_tokens)
+
+
 def end_of_text_id(tokenizer):
     """The id of `<|endoftext|>`, or None."""
     return tokenizer.encode_single_token(END_OF_TEXT) if END_OF_TEXT in tokenizer.special_tokens_set else None

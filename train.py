@@ -26,7 +26,7 @@ from data import IGNORE, Dataset, count_windows, training_order, windows
 from evaluate import total_loss
 from model import GPT, PUBLISHED, GPTConfig
 from muon import Muon
-from report import log, say, synchronize
+from report import fail, log, say, synchronize
 
 # -----------------------------------------------------------------------------
 # run
@@ -178,15 +178,18 @@ with errors_in_one_sentence():
     else:  # fine-tune: the shape is the published model's, but for a shorter context
         model = GPT.from_pretrained(init_from, dropout=dropout, block_size=block_size)
         # Published vocabularies are often rounded up a little.
-        if not 0.99 * model.config.vocab_size < data.vocab_size <= model.config.vocab_size:
+        fits = 0.99 * model.config.vocab_size < data.vocab_size <= model.config.vocab_size
+        if os.path.exists(os.path.join(init_from, 'tokenizer.json')):
+            fits = fits and tokenizers.same(tokenizers.load(init_from), data.tokenizer)
+        if not fits:
             theirs = 'gpt2' if init_from in PUBLISHED else init_from
             raise ValueError(
-                f'The model {init_from} has a vocabulary of {model.config.vocab_size:,} tokens, {data.folder} one of '
-                f"{data.vocab_size:,}: prepare the text with the model's, --tokenizer={theirs}"
+                f'The model {init_from} has a vocabulary of {model.config.vocab_size:,} tokens, {data.folder} another '
+                f"one of {data.vocab_size:,}: prepare the text with the model's, --tokenizer={theirs}"
             )
         config |= {name: getattr(model.config, name) for name in shape}
-    if sample_interval and not tokenizers.encode(data.tokenizer, sample_prompt).size:
-        raise ValueError('sample_prompt is empty: the model needs something to continue.')
+    if sample_interval:
+        report.check_prompt(data.tokenizer, sample_prompt, block_size)
     parallel.agree({'init_from': init_from, 'step': state['step'], 'dataset': data.fingerprint()})
     if init_from == 'resume' and not (eval_only or parallel.rank):
         checkpoint.set_aside(path)
@@ -241,7 +244,7 @@ def save(light=False):
     if parallel.rank:
         return ''
     if not all(parameter.isfinite().all() for parameter in whole.parameters()):
-        end(f'\nThe weights are not finite at step {step:,}: nothing is saved. {diverged}')
+        fail(f'The weights are not finite at step {step:,}: nothing is saved. {diverged}')
     resume = {'state': state, 'optimizer': moments, 'scaler': scaler.state_dict()}
     meta = {'format': 1, 'step': step, 'val_loss': val_loss, 'config': config, 'data': data.fingerprint()}
     try:
@@ -251,7 +254,7 @@ def save(light=False):
         return 'saved' if not light else 'weights saved'
     except OSError as error:
         if last or stopping:
-            end(f'\n{error}. What was saved before is intact.')
+            fail(f'{error}. What was saved before is intact.')
         return f'NOT SAVED: {error}'
 
 
@@ -262,7 +265,7 @@ def count_bad_steps():
         say(f'step {step:>6,}  {total - state["bad_steps"]} skipped: the loss or the gradient was not finite')
     state.update(bad_steps=total, bad_in_a_row=in_a_row)
     if longest >= max_bad_steps:
-        end(f'The loss or the gradient was not finite {longest} times in a row, until step {step:,}. {diverged}')
+        fail(f'The loss or the gradient was not finite {longest} times in a row, until step {step:,}. {diverged}')
 
 
 def finished():
@@ -330,7 +333,7 @@ while True:
             nats, targets = total_loss(model, data.val, block_size, batch_size, autocast)
             val_loss = nats / targets
             if not math.isfinite(val_loss):
-                end(f'The validation loss is {val_loss} at step {step:,}: nothing is saved. {diverged}')
+                fail(f'The validation loss is {val_loss} at step {step:,}: nothing is saved. {diverged}')
             improved = val_loss < state['best_val_loss']
             state |= {'evaluated': step, 'evaluations_since_best': state['evaluations_since_best'] + 1}
             if improved:
@@ -340,16 +343,16 @@ while True:
             figures['bits_per_byte'] = val_loss / math.log(2) / data.bytes_per_token('val')
             figures['train_seconds'] = round(train_seconds, 3)
         if eval_only:
-            report.validation(step, step * tokens_per_step, figures)
+            report.validation(step, state['windows'] * block_size, figures)
             break
         if due:
             log(log_path, step=step, **figures)
             worthy = last or stopping or (step and (improved or always_save_checkpoint))
-            report.validation(step, step * tokens_per_step, figures, save() if worthy else '')
-            if not parallel.rank:
-                report.redraw(out_dir, step, last or stopping)
+            report.validation(step, state['windows'] * block_size, figures, save() if worthy else '')
         if stopping and step > first_step and not due:
             say(f'{step:>9,}  {signal.Signals(stopping).name}, {save()}')
+        if (due or stopping) and not parallel.rank:
+            report.redraw(out_dir, step, last or stopping)
         if light:
             say(f'{step:>9,}  {save(light=True)}')
         if sampling:
@@ -398,11 +401,11 @@ while True:
         count_bad_steps()
         seconds = train_seconds + time.perf_counter() - mark
         rate = (step - logged_step) * tokens_per_step / (seconds - logged_seconds)
-        record = {'step': step, 'tokens': step * tokens_per_step, 'loss': loss.item(), 'lr': lr_share * learning_rate}
-        record |= {'grad_norm': grad_norm.item(), 'tokens_per_second': round(rate), 'tflops': rate * flops / 1e12}
-        record |= {'gib': report.memory(device), 'bad_steps': state['bad_steps'], **block_norms}
+        record = {'step': step, 'tokens': state['windows'] * block_size, 'loss': loss.item()}
+        record |= {'lr': lr_share * learning_rate, 'grad_norm': grad_norm.item(), 'tokens_per_second': round(rate)}
+        record |= {'tflops': rate * flops / 1e12, 'gib': report.memory(device), 'bad_steps': state['bad_steps']}
         seconds_left = (max_iters - step) * (seconds - first_seconds) / (step - first_step)
-        report.progress(log_path, record, peak and peak * parallel.world, seconds_left)
+        report.progress(log_path, record | block_norms, peak and peak * parallel.world, seconds_left)
         logged_step, logged_seconds = step, seconds
 
 report.finish()
@@ -413,5 +416,5 @@ if stopping and not last:
 if not eval_only:
     if step < max_iters:
         say(f'Stopped early: no better for {early_stopping_patience} evaluations (early_stopping_patience).')
-    report.summary(out_dir, step * tokens_per_step, state)
+    report.summary(out_dir, state['windows'] * block_size, state)
 parallel.leave(0)

@@ -190,13 +190,20 @@ def test_several_processes_judge_as_one(run, sheep, tmp_path):
     [
         (['--init_from=m'], 'Say on what to judge it: --dataset=NAME, --input=FILE'),
         (['--init_from=m', '--choices=bad.jsonl'], "bad.jsonl, row 2: there is no 'answer'; each row needs context,"),
-        (['--init_from=m', '--choices=wrong.jsonl'], 'Question 1 has 2 answers, and 2 is said to be the right one.'),
+        (['--init_from=m', '--choices=wrong.jsonl'], "wrong.jsonl, row 1: 'answer' is 2: it must be from 0 to 1."),
+        (['--init_from=m', '--choices=letters.jsonl'], "letters.jsonl, row 1: 'answer' is 'B': it must be from"),
+        (['--init_from=m', '--choices=text.jsonl'], "text.jsonl, row 1: 'choices' must be a list of texts"),
+        (['--init_from=m', '--choices=number.jsonl'], "number.jsonl, row 1: 'context' must be a text, not 5."),
+        (['--init_from=m', '--choices=long.jsonl'], 'An answer has 201 tokens, and the model sees 128'),
+        (['--init_from=m', '--lambada=number.jsonl'], "row 1: there is no 'text'"),
+        (['--init_from=m', '--choices=empty.jsonl,wrong.jsonl'], 'it must be one file'),
+        (['--init_from=m', '--dataset=other'], 'data/other has a vocabulary of 3 tokens, the model another one of 5'),
         (['--init_from=m', '--choices=none.jsonl'], 'There is no file none.jsonl'),
         (['--init_from=m', '--choices=broken.jsonl'], 'choices=broken.jsonl cannot be read'),
-        (['--init_from=m', '--choices=empty.jsonl'], 'choices=empty.jsonl'),
+        (['--init_from=m', '--choices=empty.jsonl'], 'empty.jsonl has no questions.'),
         (['--init_from=m', '--input=empty.txt'], 'There is no text to judge in empty.txt.'),
         (['--init_from=m', '--dataset=none'], 'data/none has no train.bin'),
-        (['--init_from=m', '--dataset=sheep'], 'data/sheep has a vocabulary of 257 tokens, the model one of 4'),
+        (['--init_from=m', '--dataset=sheep'], 'data/sheep has a vocabulary of 257 tokens, the model another one of 5'),
         (['--init_from=m', '--input=x.txt', '--stride=129'], 'stride=129: must be from 1 to 128'),
         (['--init_from=m', '--input=x.txt', '--part=test'], "part='test' must be one of: val, train."),
         (['--out_dir=none'], 'none has no checkpoint'),
@@ -205,9 +212,15 @@ def test_several_processes_judge_as_one(run, sheep, tmp_path):
 )
 def test_bad_input_is_one_sentence(run, sheep, tmp_path, monkeypatch, args, message):
     monkeypatch.setattr('time.sleep', lambda seconds: None)
-    save(tmp_path / 'm', tk.build('char', ['ab\n']))
+    save(tmp_path / 'm', tk.build('char', ['ab\n ']))
     rows = {'bad': '{"context": "a", "choices": ["b"], "answer": 0}\n{"context": "a", "choices": ["b"]}\n'}
     rows |= {'wrong': '{"context": "a", "choices": ["b", "b"], "answer": 2}\n', 'broken': '{"a\n', 'empty': ''}
+    rows['letters'] = '{"context": "a", "choices": ["a", "b"], "answer": "B"}\n'
+    rows['text'] = '{"context": "a", "choices": "ab", "answer": 0}\n'
+    rows['number'] = '{"context": 5, "choices": ["a", "b"], "answer": 0}\n'
+    rows['long'] = json.dumps({'context': 'a', 'choices': ['a' * 200, 'b'], 'answer': 0}) + '\n'
+    (tmp_path / 'other.txt').write_text('cd\n' * 99)
+    assert run('prepare.py', '--input=other.txt', '--tokenizer=char').code == 0
     for name, text in rows.items():
         (tmp_path / f'{name}.jsonl').write_text(text)
     (tmp_path / 'empty.txt').touch()

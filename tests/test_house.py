@@ -21,7 +21,7 @@ TRAINER = {
     'configurator': 215, 'tokenizer': 200, 'data': 170, 'model': 520, 'muon': 65, 'checkpoint': 190, 'parallel': 190,
     'train': 420,
 }  # fmt: skip
-BESIDE = {'prepare': 210, 'documents': 310, 'sample': 245, 'evaluate': 320, 'report': 290, 'plot': 115, 'plan': 160,
+BESIDE = {'prepare': 210, 'documents': 310, 'sample': 245, 'evaluate': 350, 'report': 310, 'plot': 120, 'plan': 160,
           'bench': 320}  # fmt: skip
 
 

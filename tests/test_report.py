@@ -82,9 +82,17 @@ def test_samples_are_logged_and_change_nothing(run, sheep, tmp_path, more):
     result = train(run, *FLAGS, *more, '--sample_interval=5', '--sample_prompt=3 sheep', '--log_norms', out='b')
     samples = {record['step']: record['sample'] for record in records(tmp_path / 'b') if 'sample' in record}
     assert list(samples) == [5, 10] and all(text.startswith('3 sheep') for text in samples.values())
-    assert all(text in result.out for text in samples.values()) and samples[5] != samples[10]
+    shown = [re.sub(r'[^\x20-\x7e\n]', '\ufffd', text) for text in samples.values()]  # nothing that moves a cursor
+    out = re.sub(r'[^\x20-\x7e\n\ufffd]', '\ufffd', result.out)
+    assert all(text in out for text in shown) and samples[5] != samples[10]
     weights = [load_file(tmp_path / out / 'step_00000012' / 'model.safetensors') for out in 'ab']
     assert same(*weights)
+
+
+def test_tokens_are_those_that_were_seen(run, sheep, tmp_path):
+    train(run, '--max_iters=10')
+    result = train(run, '--init_from=resume', '--max_iters=12', '--batch_size=8', '--log_interval=1')
+    assert records(tmp_path / 'out')[-2]['tokens'] == 32 * (10 * 4 + 2 * 8) and '\n1,792 tokens in' in result.out
 
 
 def test_norms_are_those_of_each_block(run, sheep, tmp_path):
@@ -115,6 +123,10 @@ def test_the_picture_is_drawn_of_any_run(run, sheep, tmp_path, monkeypatch):
     result = run('plot.py', '--out_dir=a,none', '--file=both.png')
     assert result.code == 0 and result.out == 'both.png\n' and imread(tmp_path / 'both.png').std() > 0.05
     assert 'There is no gone/log.jsonl' in run('plot.py', '--out_dir=gone').err
+    assert 'must be a .png' in run('plot.py', '--out_dir=a', '--file=x.pdf').err
+    (tmp_path / 'a$^$b').mkdir()
+    (tmp_path / 'a$^$b' / 'log.jsonl').write_text('5\nnull\n{}\n{"step": 5, "loss": 3.0}\n')
+    assert run('plot.py', '--out_dir=a$^$b,a', '--file=x.png').code == 0
 
 
 def test_the_picture_takes_less_than_a_hundredth_of_the_time(run, sheep, tmp_path, monkeypatch):
@@ -218,7 +230,8 @@ def test_a_tracker_that_fails_does_not_end_the_run(run, sheep, tmp_path, monkeyp
         ('--tracker=tensorboard', 'torch.utils.tensorboard', "tracker='tensorboard' needs a package: pip install"),
         ('--tracker=tensorbord', '', "tracker='tensorbord' must be one of: none, tensorboard, wandb."),
         ('--tracker=wandb', None, 'set WANDB_MODE=offline'),
-        ('--sample_prompt=', '', 'sample_prompt is empty'),
+        ('--sample_prompt=', '', 'sample_prompt has 0 tokens: it must have from 1 to block_size=32.'),
+        ('--out_dir=sheep.txt', '', 'out_dir=sheep.txt cannot be made'),
     ],
 )
 def test_bad_input_is_one_sentence_before_the_first_step(run, sheep, tmp_path, monkeypatch, flag, missing, message):

@@ -584,7 +584,7 @@ def test_fine_tuning_starts_from_a_models_weights_and_shape(run, sheep, tmp_path
     (tmp_path / 'goats.txt').write_text(TEXT)
     assert run('prepare.py', '--input=goats.txt', '--tokenizer=char').code == 0
     wrong = run('train.py', model, '--dataset=goats', '--block_size=32', '--max_iters=1')
-    assert wrong.code == 1 and 'has a vocabulary of 257 tokens, data/goats one of 31' in wrong.err
+    assert wrong.code == 1 and 'has a vocabulary of 257 tokens, data/goats another one of 31' in wrong.err
     assert run('prepare.py', '--input=goats.txt', '--tokenizer=base/step_00000060').code == 0
     assert run('train.py', model, '--dataset=goats', '--block_size=32', '--max_iters=1').code == 0
 
