@@ -73,7 +73,7 @@ def draw(runs, path):
             above.plot(best['step'], best['val_loss'], '*', color='crimson', markersize=13, zorder=5)
         skipped = max((r.get('bad_steps', 0) for r in records), default=0)
         if skipped:
-            above.plot([], [], ' ', label=f'{label}{skipped:,} bad steps skipped')
+            above.plot([], [], ' ', label=f'{label}bad steps skipped: {skipped:,}')
         # From 3 % of the steps on, so that the fall from a random model's loss does not flatten the rest.
         later = [r.get('loss', r.get('val_loss')) for r in records if r['step'] > 0.03 * records[-1]['step']]
         tops += [loss for loss in later if loss is not None]

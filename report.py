@@ -5,9 +5,9 @@ import errno
 import json
 import math
 import os
+import re
 import shlex
 import signal
-import sys
 import time
 import uuid
 from pathlib import Path
@@ -248,10 +248,10 @@ def memory(device):
     """GiB: the most that was used so far, of the device on CUDA, else by the process."""
     if torch.device(device).type == 'cuda':
         return torch.cuda.max_memory_allocated(device) / 2**30
-    if resource is None:
-        return math.nan
-    unit = 2**30 if sys.platform == 'darwin' else 2**20  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    if os.path.exists('/proc/self/status'):  # there the other figure may be of who started this process
+        with open('/proc/self/status', encoding='utf-8') as file:
+            return int(re.search(r'VmHWM:\s+(\d+)', file.read())[1]) / 2**20
+    return math.nan if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS: bytes
 
 
 def norms(model):

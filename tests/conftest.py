@@ -54,6 +54,13 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, 'getaddrinfo', refuse)
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Each takes a quarter of a second; test_report.py is where they are looked at."""
+    if request.module.__name__ != 'test_report':
+        monkeypatch.setattr('plot.draw', lambda runs, path: None)
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Run a script in this process, in a folder of its own: run('train.py', '--max_iters=3') -> Result."""
