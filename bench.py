@@ -14,7 +14,6 @@ import json
 import math
 import os
 import random
-import re
 import statistics
 import subprocess
 import sys
@@ -31,7 +30,7 @@ import tokenizer
 from configurator import can_compile, check, configure, errors_in_one_sentence, pick_device
 from data import count_windows, training_order, windows
 from model import GPT, PUBLISHED, GPTConfig
-from report import memory, synchronize
+from report import memory, peak_of, synchronize
 from sample import lay_out
 
 # -----------------------------------------------------------------------------
@@ -221,11 +220,11 @@ def prepare():
             row, peak, start = [tiktoken_alone(1), tiktoken_alone(cores)], 0, time.perf_counter()
             job = subprocess.Popen([*line, f'--num_proc={cores}'], cwd=folder, stdout=subprocess.DEVNULL)
             while job.poll() is None:
-                peak = max(peak, memory_of(job.pid))
+                peak = max(peak, peak_of(job.pid))
                 time.sleep(0.1)
             if job.returncode:
                 raise ValueError('prepare.py did not run.')
-            runs.append([*row, corpus_mb / (time.perf_counter() - start), peak / 2**20])
+            runs.append([*row, corpus_mb / (time.perf_counter() - start), peak * 2**10])
     one, many, ours, peak = (statistics.median(column) for column in zip(*runs, strict=True))
     print(f'{corpus_mb} MB of text, medians of {repeats}')
     print(f'tiktoken alone, one core     {one:8.1f} MB/s')
@@ -233,14 +232,6 @@ def prepare():
     share = f'{ours / one / cores:.0%} of {cores} x one, {ours / many:.0%} of these'
     print(f'prepare.py, {cores} cores          {ours:8.1f} MB/s, {share}\npeak memory                  {peak:8.0f} MiB')
     return {'tiktoken': one, 'mb_per_second': ours, 'share': ours / one / cores, 'peak_mib': peak, 'runs': runs}
-
-
-def memory_of(process):
-    """Bytes in the memory of a process; 0 where there is no /proc."""
-    try:
-        return 1024 * int(re.search(r'VmRSS:\s+(\d+)', Path(f'/proc/{process}/status').read_text())[1])
-    except (OSError, TypeError):  # it has just ended
-        return 0
 
 
 def data():

@@ -114,7 +114,7 @@ def main():
         source, called = [repository, subset or configuration], dataset.split('/')[-1]
     else:
         files = [BUNDLED] if input is None else documents.find_files(input)
-        first = Path((input or 'shakespeare').split(',')[0]).resolve()
+        first = Path(os.path.abspath((input or 'shakespeare').split(',')[0]))
         source, called = [file.name for file in files], first.name
         if first.is_file():
             called = called.removesuffix(''.join(first.suffixes[-2 if documents.kind_of(first)[1] else -1 :]))

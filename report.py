@@ -102,8 +102,9 @@ def progress(path, record, peak, seconds_left):
 
 def validation(step, tokens, figures, saved=''):
     """Print the line of an evaluation."""
-    bits, ppl = figures['bits_per_byte'], figures['perplexity']
-    line = f'{step:>9,}{short(tokens):>8}{figures["val_loss"]:>9.4f}  validation, ppl {ppl:,.1f}, '
+    bits, ppl = figures['bits_per_byte'], figures['perplexity'] or math.inf
+    ppl = f'{ppl:,.1f}' if ppl < 1e6 else f'{ppl:.3g}'
+    line = f'{step:>9,}{short(tokens):>8}{figures["val_loss"]:>9.4f}  validation, ppl {ppl}, '
     say(f'{line}{bits:.3f} bits per byte' + (saved and f', {saved}'))
 
 
@@ -239,8 +240,7 @@ def peak_flops(device, dtype):
 
 def synchronize(device):
     """Wait until a device has done all that it was given."""
-    kind = torch.device(device).type
-    if kind in ('cuda', 'mps'):
+    if (kind := torch.device(device).type) in ('cuda', 'mps'):
         getattr(torch, kind).synchronize()
 
 
@@ -248,10 +248,16 @@ def memory(device):
     """GiB: the most that was used so far, of the device on CUDA, else by the process."""
     if torch.device(device).type == 'cuda':
         return torch.cuda.max_memory_allocated(device) / 2**30
-    if os.path.exists('/proc/self/status'):  # there the other figure may be of who started this process
-        with open('/proc/self/status', encoding='utf-8') as file:
-            return int(re.search(r'VmHWM:\s+(\d+)', file.read())[1]) / 2**20
-    return math.nan if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS: bytes
+    own = peak_of('self')  # on Linux, the other figure may be that of who started this process; on macOS it is in bytes
+    return own or (math.nan if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30)
+
+
+def peak_of(process):
+    """GiB: the most memory a process has had so far; 0 where /proc does not say."""
+    try:
+        return int(re.search(r'VmHWM:\s+(\d+)', Path(f'/proc/{process}/status').read_text())[1]) / 2**20
+    except (OSError, TypeError):  # it has just ended
+        return 0
 
 
 def norms(model):

@@ -23,7 +23,7 @@ import report
 import tokenizer as tokenizers
 from configurator import can_compile, check, configure, end, errors_in_one_sentence, pick_device
 from data import IGNORE, Dataset, count_windows, training_order, windows
-from evaluate import total_loss
+from evaluate import exponential, total_loss
 from model import GPT, PUBLISHED, GPTConfig
 from muon import Muon
 from report import fail, log, say, synchronize
@@ -339,7 +339,7 @@ while True:
             if improved:
                 state |= {'best_val_loss': val_loss, 'best_step': step, 'evaluations_since_best': 0}
             last = finished()
-            figures = {'val_loss': val_loss, 'perplexity': math.exp(min(val_loss, 700))}
+            figures = {'val_loss': val_loss, 'perplexity': exponential(val_loss)}
             figures['bits_per_byte'] = val_loss / math.log(2) / data.bytes_per_token('val')
             figures['train_seconds'] = round(train_seconds, 3)
         if eval_only:
