@@ -176,7 +176,8 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, targets, n):
-        total, dx, dw, training = 0.0, [], full(torch.zeros_like(weight)), any(ctx.needs_input_grad)
+        total, dx, training, learned = 0.0, [], any(ctx.needs_input_grad), ctx.needs_input_grad[1]
+        dw = full(torch.zeros_like(weight)) if learned else None
         for part, target in zip(x.split(n), targets.split(n), strict=True):
             logits, index = full(F.linear(part, weight, bias)), target.clamp(min=0)[:, None]
             counted, normalizer = (target != IGNORE)[:, None], logits.logsumexp(-1, keepdim=True)
@@ -185,16 +186,16 @@ class ChunkedLoss(torch.autograd.Function):
                 error = logits.sub_(normalizer).exp_().scatter_add_(1, index, logits.new_full(index.shape, -1))
                 error.mul_(counted)
                 dx.append((error @ weight).to(x.dtype))
-                autocast = torch.is_autocast_enabled(x.device.type)
-                dw = dw.add_(error.mT @ part) if autocast else dw.addmm_(error.mT, part)
+            if learned:
+                dw = dw.add_(error.mT @ part) if torch.is_autocast_enabled(x.device.type) else dw.addmm_(error.mT, part)
         ctx.count, ctx.dtype = (targets != IGNORE).sum(), weight.dtype
         ctx.save_for_backward(torch.cat(dx) if training else None, dw)
         return total / ctx.count
 
     @staticmethod
     def backward(ctx, gradient):
-        dx, dw = (saved.mul_(gradient / ctx.count) for saved in ctx.saved_tensors)  # in place: for one backward pass
-        return dx, dw.to(ctx.dtype), None, None, None
+        dx, dw = (saved if saved is None else saved.mul_(gradient / ctx.count) for saved in ctx.saved_tensors)
+        return dx, dw if dw is None else dw.to(ctx.dtype), None, None, None  # in place: for one backward pass
 
 
 class GPT(nn.Module):
@@ -276,10 +277,15 @@ class GPT(nn.Module):
         for matrix in (self.wte.weight, self.head.weight):
             matrix[self.config.vocab_size :] = 0  # the padding stays 0: it gets no gradient
 
+    def freeze(self, n_blocks):
+        """From now on, keep the embeddings, with a head tied to them, and the lowest n_blocks blocks as they are."""
+        for part in (self.wte, getattr(self, 'wpe', self.wte), *self.blocks[:n_blocks]):
+            part.requires_grad_(False)
+
     def parameter_groups(self, weight_decay):
-        """Parameters for optimizers: vectors, which do not decay; embeddings and head; matrices by shape and rows."""
+        """What an optimizer is to train: vectors, which do not decay; embeddings, head; matrices by shape and rows."""
         groups = {}
-        for name, parameter in self.named_parameters():
+        for name, parameter in [(name, p) for name, p in self.named_parameters() if p.requires_grad]:
             kind, group = parameter.dim(), {'params': [], 'weight_decay': weight_decay * (parameter.dim() > 1)}
             if kind > 1 and name.startswith('blocks.'):
                 group['rows'] = self.get_submodule(name.removesuffix('.weight')).rows
@@ -300,14 +306,13 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """Floating-point operations of one training step, forward and backward, per token.
 
-        6 N + 12 · layers · heads · head_dim · context (Chowdhery et al., 2022, PaLM, appendix B), where N counts
-        the parameters in matrix multiplications: embeddings only where the token embedding is the head, too.
+        6 N + 12 · layers · heads · head_dim · context (Chowdhery et al., 2022, PaLM, appendix B), where N counts the
+        parameters of blocks and head. A frozen block has no backward pass, a frozen head only half of it.
         """
-        c = self.config
-        looked_up = c.block_size * c.n_embd if c.arch == 'gpt2' else 0 if c.tied else c.vocab_size * c.n_embd
-        return 6 * (self.count_parameters() - looked_up) + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
+        c, passes = self.config, sum(3 if block.norm1.weight.requires_grad else 1 for block in self.blocks)
+        block = sum(p.numel() for p in self.blocks[0].parameters()) + 2 * c.n_head * c.head_dim * c.block_size
+        return 2 * passes * block + (6 if self.head.weight.requires_grad else 4) * c.vocab_size * c.n_embd
 
-    # -----------------------------------------------------------------------------
     @torch.inference_mode()
     def generate(self, idx, max_new_tokens, choose=None, compile=False):
         """Yield max_new_tokens times the next token of each sequence, (B, 1), after the prompts idx, (B, T).
@@ -368,8 +373,7 @@ class GPT(nn.Module):
         """Write config.json and model.safetensors into a folder that `transformers` opens. end_of_text: its id."""
         c = self.config
         config = {'architectures': [ARCHITECTURES[c.arch]], 'model_type': c.arch, 'tie_word_embeddings': c.tied}
-        config |= {'bos_token_id': end_of_text, 'eos_token_id': end_of_text}
-        config |= {'dtype': str(self.wte.weight.dtype).removeprefix('torch.')}
+        config |= {'bos_token_id': end_of_text, 'eos_token_id': end_of_text, 'dtype': str(self.wte.weight.dtype)[6:]}
         # These two are ours: transformers' GPT-2 always has biases, and finds zeros.
         config |= {'dropout': c.dropout, 'bias': c.bias}
         if c.arch == 'gpt2':
@@ -393,12 +397,10 @@ class GPT(nn.Module):
         changes: GPTConfig fields to override, dropout=0.1 for instance; block_size can be made smaller.
         Raises FileNotFoundError or ConnectionError, or ValueError that names what does not fit.
         """
-        folder = find_pretrained(source)
-        fields = read_config(folder)
-        shape = GPTConfig(**fields | changes)
-        if shape.block_size > fields['block_size']:
-            raise ValueError(f'block_size={shape.block_size} is more than the {fields["block_size"]} of {folder}.')
-        return cls(shape).load_weights(read_weights(folder), folder)
+        fields = read_config(folder := find_pretrained(source))
+        if (asked := changes.get('block_size', 1)) > fields['block_size']:
+            raise ValueError(f'block_size={asked} is more than the {fields["block_size"]} of {folder}.')
+        return cls(GPTConfig(**fields | changes)).load_weights(read_weights(folder), folder)
 
     @torch.no_grad()
     def load_weights(self, weights, source):
@@ -434,9 +436,8 @@ class GPT(nn.Module):
 
 # Names here and in Hugging Face's files: parameters, then fields of config.json.
 GPT2_NAMES = {
-    'wte.': 'transformer.wte.', 'wpe.': 'transformer.wpe.', 'norm_f.': 'transformer.ln_f.',
-    'blocks.': 'transformer.h.', '.norm1.': '.ln_1.', '.norm2.': '.ln_2.',
-    '.qkv.': '.c_attn.', '.fc.': '.c_fc.', '.proj.': '.c_proj.',
+    'wte.': 'transformer.wte.', 'wpe.': 'transformer.wpe.', 'norm_f.': 'transformer.ln_f.', '.norm1.': '.ln_1.',
+    'blocks.': 'transformer.h.', '.norm2.': '.ln_2.', '.qkv.': '.c_attn.', '.fc.': '.c_fc.', '.proj.': '.c_proj.',
 }  # fmt: skip
 LLAMA_NAMES = {
     'wte.': 'model.embed_tokens.', 'blocks.': 'model.layers.', 'norm_f.': 'model.norm.', 'head.': 'lm_head.',
@@ -485,11 +486,10 @@ def read_config(folder):
 def read_weights(folder):
     """{name: tensor} from a folder's safetensors, in one file or in shards with an index, or pytorch_model.bin."""
     kinds = ('model.safetensors', 'pytorch_model.bin')
-    names = [name for kind in kinds for name in (f'{kind}.index.json', kind)]
-    names = [name for name in names if os.path.exists(os.path.join(folder, name))][:1]
+    names = [name for kind in kinds for name in (f'{kind}.index.json', kind) if os.path.exists(f'{folder}/{name}')]
     if not names:
         raise FileNotFoundError(f'{folder} is no model: it has neither {" nor ".join(kinds)}.')
-    weights, file = {}, os.path.join(folder, names[0])
+    weights, file, names = {}, os.path.join(folder, names[0]), names[:1]
     try:
         if file.endswith('.json'):
             with open(file, encoding='utf-8') as index:

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from configurator import check
 from data import Dataset
 from model import GPT, PUBLISHED, GPTConfig, find_pretrained, read_config
 from muon import Muon
@@ -59,6 +60,8 @@ def dry_run(shape, knobs, checkpointing):
         model = GPT(shape)
         if checkpointing:
             model.checkpoint_activations()
+        if knobs['freeze'] is not None:
+            model.freeze(knobs['freeze'])
         held['weights'] = memory.now
         groups = model.parameter_groups(knobs['weight_decay'])
         muon = [group for group in groups if 'rows' in group] if knobs['optimizer'] == 'muon' else []
@@ -66,7 +69,7 @@ def dry_run(shape, knobs, checkpointing):
         optimizers = [torch.optim.AdamW(others, fused=True)] + ([Muon(muon)] if muon else [])
         model.norm_f.register_forward_hook(lambda *_: held.update(activations=memory.now - before))
         for optimizer in optimizers:  # its state is made by its first step
-            for parameter in model.parameters():
+            for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
         before, memory.peak = memory.now, 0
@@ -77,7 +80,7 @@ def dry_run(shape, knobs, checkpointing):
         del loss
         for optimizer in optimizers:
             optimizer.step()
-    held['gradients'] = held['weights']
+    held['gradients'] = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     held['optimizer'] = sum(
         value.nbytes for optimizer in optimizers for state in optimizer.state.values() for value in state.values()
     )
@@ -116,6 +119,9 @@ def print_plan(config):
         raise ValueError(f'{tokens:,} tokens at once, batch_size x block_size, are more than any device has room for.')
     with torch.device('meta'):
         model = GPT(shape)
+    if config['freeze'] is not None:
+        check(config, 0, shape.n_layer, 'freeze')
+        model.freeze(config['freeze'])
     knobs = config | {'dtype': 'bfloat16' if config['dtype'] == 'auto' else config['dtype']}
     per_step = config['batch_size'] * config['gradient_accumulation_steps'] * shape.block_size
     tokens, n, flops = per_step * config['max_iters'], model.count_parameters(), model.flops_per_token()

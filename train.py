@@ -60,6 +60,7 @@ n_kv_head: int | None = None  # groups of heads that share keys and values (not 
 n_embd = 768  # width
 dropout = 0.0  # for pretraining 0 is good, for small data try 0.1 or more
 bias = True  # biases in LayerNorm and Linear layers, as GPT-2 has; False is a bit faster
+freeze: int | None = None  # fine-tuning: keep the embeddings and this many of the lowest blocks; None: train all
 # optimizer
 optimizer = 'adamw'  # 'muon': for the matrices in the blocks, AdamW for the rest
 learning_rate = 6e-4  # the highest, AdamW's
@@ -99,9 +100,8 @@ lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
 min_lr = (0.0 if schedule == 'wsd' else learning_rate / 10) if min_lr is None else min_lr
 
 with errors_in_one_sentence():
-    check(config, 1, 10**9, 'batch_size gradient_accumulation_steps block_size eval_interval log_interval')
-    check(config, 1, 10**9, 'keep_last save_weights_interval early_stopping_patience max_bad_steps')
-    check(config, 1, 10**9, 'sample_interval plan_gpus')
+    check(config, 1, 10**9, 'batch_size gradient_accumulation_steps block_size eval_interval log_interval plan_gpus')
+    check(config, 1, 10**9, 'keep_last save_weights_interval early_stopping_patience max_bad_steps sample_interval')
     check(config, 0, 10**18, 'max_iters seed warmup_iters lr_decay_iters')
     check(config, 0, 10**18, 'learning_rate muon_lr min_lr weight_decay grad_clip')
     check(config, 0, 1 - 1e-6, 'beta1 beta2 muon_momentum')
@@ -139,8 +139,7 @@ with errors_in_one_sentence():
         checkpoint.own(out_dir)
     parallel.agree(config)
 saved = checkpoint.checkpoints(out_dir)
-if init_from == 'auto':
-    init_from = 'resume' if saved else 'scratch'
+init_from = {'auto': 'resume' if saved else 'scratch'}.get(init_from, init_from)
 held = saved or checkpoint.checkpoints(out_dir, 'weights')
 if held and init_from != 'resume' and not (eval_only and init_from != 'scratch'):
     end(f'{out_dir} holds a run: use it with --init_from=resume, choose another --out_dir, or delete it.')
@@ -188,6 +187,9 @@ with errors_in_one_sentence():
                 f"one of {data.vocab_size:,}: prepare the text with the model's, --tokenizer={theirs}"
             )
         config |= {name: getattr(model.config, name) for name in shape}
+    if freeze is not None:
+        check(config, 0, config['n_layer'], 'freeze')
+        model.freeze(freeze)
     if sample_interval:
         report.check_prompt(data.tokenizer, sample_prompt, block_size)
     parallel.agree({'init_from': init_from, 'step': state['step'], 'dataset': data.fingerprint()})
@@ -200,8 +202,7 @@ if activation_checkpointing:
 with errors_in_one_sentence():
     net = parallel.distribute(model, fsdp, dtype)
 
-compile = device_type == 'cuda' if compile is None else compile
-compile = compile and can_compile(device)
+compile = (device_type == 'cuda' if compile is None else compile) and can_compile(device)
 groups = model.parameter_groups(weight_decay)
 matrices = [group for group in groups if 'rows' in group] if optimizer == 'muon' else []
 others = [group for group in groups if 'rows' not in group] if optimizer == 'muon' else groups
@@ -306,7 +307,7 @@ if not eval_only and not parallel.rank:
 diverged = f'What {out_dir} holds is from before; try a lower learning_rate or a grad_clip.'
 if not eval_only:
     report.obey_signals()
-flops, peak = model.flops_per_token(), report.peak_flops(device, dtype)
+flops, peak, per_byte = model.flops_per_token(), report.peak_flops(device, dtype), 1 / data.bytes_per_token('val')
 report.headings(peak)
 
 # -----------------------------------------------------------------------------
@@ -339,9 +340,8 @@ while True:
             if improved:
                 state |= {'best_val_loss': val_loss, 'best_step': step, 'evaluations_since_best': 0}
             last = finished()
-            figures = {'val_loss': val_loss, 'perplexity': exponential(val_loss)}
-            figures['bits_per_byte'] = val_loss / math.log(2) / data.bytes_per_token('val')
-            figures['train_seconds'] = round(train_seconds, 3)
+            figures = {'val_loss': val_loss, 'train_seconds': round(train_seconds, 3)}
+            figures |= {'perplexity': exponential(val_loss), 'bits_per_byte': val_loss / math.log(2) * per_byte}
         if eval_only:
             report.validation(step, state['windows'] * block_size, figures)
             break

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Model
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
@@ -274,16 +275,17 @@ def test_gpt2_has_its_published_number_of_parameters(name, count):
     with torch.device('meta'):
         model = GPT(GPTConfig(**PUBLISHED[name]))
     assert model.count_parameters() == count
-    # PaLM's formula, spelled out: 6 per matrix parameter, 12 · layers · width · context for attention
+    # PaLM's formula, spelled out: 6 per parameter of blocks and head, 12 · layers · width · context for attention
     width, layers = model.config.n_embd, model.config.n_layer
-    assert model.flops_per_token() == 6 * (count - 1024 * width) + 12 * layers * width * 1024
+    assert model.flops_per_token() == 6 * (count - 1024 * width - 2 * width) + 12 * layers * width * 1024
 
 
+@pytest.mark.parametrize('freeze', [None, 0, 2])
 @every_shape
-def test_flops_are_those_a_profiler_counts(shape):
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model = small_model(**shape | {'vocab_size': 1024})
+def test_flops_are_those_a_profiler_counts(shape, freeze):
+    model = small_model(**shape | {'vocab_size': 1024} | ({} if freeze is None else {'n_layer': 8}))
+    if freeze is not None:
+        model.freeze(freeze)
     idx = torch.randint(0, 1000, (2, 48))
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(idx, idx).backward()
@@ -331,6 +333,25 @@ def test_a_parameter_that_init_weights_does_not_cover_is_an_error():
     model.blocks[0].attn.extra = torch.nn.Linear(2, 2)
     with pytest.raises(RuntimeError, match='says nothing of blocks.0.attn.extra'):
         model.init_weights()
+
+
+@pytest.mark.parametrize('in_chunks', [False, True])
+@pytest.mark.parametrize('tied', [False, True])
+def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(monkeypatch, tied, in_chunks):
+    if in_chunks:
+        monkeypatch.setattr('model.CHUNK', 5000)
+    model, idx = small_model(arch='qwen3', n_layer=3, tied=tied), torch.randint(0, 1000, (2, 20))
+    model(idx, idx).backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model.freeze(2)
+    model(idx, idx).backward()
+    kept = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    assert kept == {name for name in expected if name.startswith(('wte', 'blocks.0', 'blocks.1'))}
+    for name in expected.keys() - kept:
+        torch.testing.assert_close(model.get_parameter(name).grad, expected[name])
+    trained = {id(parameter) for group in model.parameter_groups(0.1) for parameter in group['params']}
+    assert trained == {id(model.get_parameter(name)) for name in expected.keys() - kept}
 
 
 def test_parameter_groups_hold_every_parameter_once_and_decay_only_matrices():

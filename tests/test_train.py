@@ -589,6 +589,22 @@ def test_fine_tuning_starts_from_a_models_weights_and_shape(run, sheep, tmp_path
     assert run('train.py', model, '--dataset=goats', '--block_size=32', '--max_iters=1').code == 0
 
 
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_fine_tuning_with_frozen_blocks_trains_the_others_and_resumes(run, sheep, tmp_path, optimizer):
+    train(run, '--max_iters=1', out='base')
+    flags = ['--init_from=base/step_00000001', '--freeze=1', f'--optimizer={optimizer}', '--lr_decay_iters=6']
+    train(run, *flags, '--max_iters=6', out='whole')
+    train(run, *flags, '--max_iters=3', out='halves')
+    train(run, *flags[1:], '--max_iters=6', '--init_from=resume', out='halves')
+    folders = ('base/step_00000001', 'whole/step_00000006', 'halves/step_00000006')
+    before, after, resumed = (load_file(tmp_path / folder / 'model.safetensors') for folder in folders)
+    assert same(after, resumed)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if '.h.1.' in name or '.ln_f.' in name}
+    refused = train(run, *flags, '--freeze=3', '--max_iters=1', code=1, out='no')
+    assert 'freeze=3: must be from 0 to 2' in refused.err and not (tmp_path / 'no').exists()
+
+
 def test_a_dataset_that_does_not_match_its_meta_is_refused(run, sheep):
     with open(sheep / 'train.bin', 'ab') as file:
         file.write(b'\0\0')
