@@ -1,0 +1,33 @@
+# A model of TinyStories on a laptop: 4 million parameters, a quarter of an hour of training on two CPU cores.
+#
+#     python prepare.py --dataset=tinystories
+#     python train.py config/tinystories_cpu.py
+#
+# 8 x 128 = 1,024 tokens a step; 1,800 steps = 1.8 million tokens, of the several hundred million that the corpus has,
+# so no text is seen twice. @
+
+out_dir = 'out-tinystories-cpu'
+dataset = 'tinystories'
+
+arch = 'qwen3'
+n_layer = 4
+n_head = 8
+n_embd = 256
+block_size = 128
+
+batch_size = 8
+gradient_accumulation_steps = 1
+max_iters = 1800
+optimizer = 'muon'
+muon_lr = 0.02
+muon_momentum = 0.9
+learning_rate = 1e-2
+beta1 = 0.8
+weight_decay = 0.0
+schedule = 'wsd'
+cooldown = 0.9
+
+eval_interval = 300
+log_interval = 50
+sample_interval = 600
+sample_prompt = 'Once upon a time'

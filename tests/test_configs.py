@@ -1,0 +1,49 @@
+"""Every recipe in config/ starts, can be planned, and says of itself what is true."""
+
+import re
+
+import pytest
+from conftest import ROOT, TINY
+
+from model import PUBLISHED
+
+OVERLAYS = {'gpt2_medium', 'gpt2_large', 'gpt2_xl'}  # of train_gpt2.py
+CONFIGS = sorted(path.stem for path in (ROOT / 'config').glob('*.py'))
+every_config = pytest.mark.parametrize('name', CONFIGS)
+
+
+def files(name):
+    return [str(ROOT / 'config' / f'{part}.py') for part in ('train_gpt2', name)[name not in OVERLAYS :]]
+
+
+@every_config
+def test_it_trains_two_steps_of_a_small_model(sheep, run, tmp_path, name):
+    small = ['--dataset=sheep', *TINY, '--max_iters=2', '--lr_decay_iters=2', '--warmup_iters=0', '--out_dir=out']
+    if name == 'finetune':
+        assert run('train.py', *small, '--max_iters=0', '--out_dir=base').code == 0
+        small.append('--init_from=base/step_00000000')
+    if name == 'train_wikitext':
+        small.append('--stride=16')
+    result = run('train.py', *files(name), *small)
+    assert result.code == 0 and not result.err, result.err
+    assert (tmp_path / 'out' / 'step_00000002' / 'model.safetensors').exists()
+    assert all(len(line) <= 80 for line in result.out.splitlines())
+
+
+@every_config
+def test_its_plan_is_what_its_comment_says(run, name):
+    result = run('train.py', *files(name), '--plan', '--dataset=none')
+    assert result.code == 0 and 'time ' in result.out and not result.err, result.err
+    comment = ' '.join(re.findall(r'^# ?(.*)$', (ROOT / 'config' / f'{name}.py').read_text(), re.MULTILINE))
+    (step,) = re.findall(r'= ([\d,]+) tokens: ', result.out)
+    (steps,) = re.findall(r'^steps   ([\d,]+), each', result.out, re.MULTILINE)
+    if name in OVERLAYS:
+        shape = PUBLISHED[name.replace('_', '-')]
+        assert '{n_layer} layers, {n_head} heads, {n_embd} wide'.format(**shape) in result.out
+    else:
+        assert f' = {step} tokens a step; {steps} steps = ' in comment
+    stated = re.search(r'([\d.]+) GiB', comment)
+    if stated and name not in ('cpu_small', 'train_tinystories', 'tinystories_cpu'):  # their vocabularies are others
+        (peak,) = re.findall(r'^ +DDP  .* ([\d.]+)$', result.out, re.MULTILINE)
+        assert stated[1] == f'{float(peak):.1f}'
+    assert all(len(line) <= 80 for line in result.out.splitlines())
