@@ -79,7 +79,7 @@ def end(message):
     """Exit with one sentence and status 1. Of several processes the first speaks; torchrun then ends the others."""
     if int(os.environ.get('RANK', 0)):
         time.sleep(5)
-    sys.exit(message)
+    sys.exit(message.replace('\n', ' '))  # one may be in what it quotes
 
 
 @contextlib.contextmanager

@@ -310,6 +310,8 @@ def main():
         raise ValueError('Give input or dataset, not both.')
     if input or dataset or not (hellaswag or lambada or choices):
         results['text'] = judge_text(model, tokenizer, folder, precision)
+    elif stride or detokenize:
+        raise ValueError('stride and detokenize are for a text: name one, too, with --dataset or --input.')
     if hellaswag:
         questions = [hellaswag_choice(row) for row in read_questions('hellaswag', hellaswag)]
         results['hellaswag'] = judge_choices(model, tokenizer, questions, **options)

@@ -1,9 +1,10 @@
-# A first model on a laptop: 5 million parameters, in about ten minutes of training on two CPU cores.
+# A first model on a laptop: 4.5 million parameters, in about twelve minutes of training on two CPU cores.
 #
 #     python prepare.py --vocab_size=5000 --name=shakespeare_5k
 #     python train.py config/cpu_small.py
 #
-# 8 x 128 = 1,024 tokens a step; 1,200 steps = 1.2 million tokens = one epoch of the bundled Shakespeare. 0.3 GiB.
+# 8 x 128 = 1,024 tokens a step; 1,200 steps = 1.2 million tokens = 0.95 epochs of the bundled Shakespeare.
+# Measured there, 0.8 GiB: a validation loss of 4.697, that is a perplexity of 110 of 5,000 tokens, 2.049 bits per byte.
 
 out_dir = 'out-cpu-small'
 dataset = 'shakespeare_5k'
@@ -28,4 +29,4 @@ schedule = 'wsd'
 cooldown = 0.9
 
 eval_interval = 300
-log_interval = 50
+log_interval = 10

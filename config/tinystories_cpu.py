@@ -28,6 +28,6 @@ schedule = 'wsd'
 cooldown = 0.9
 
 eval_interval = 300
-log_interval = 50
+log_interval = 10
 sample_interval = 600
 sample_prompt = 'Once upon a time'

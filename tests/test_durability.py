@@ -1,5 +1,6 @@
 """What happens when: a kill, a full disk, a NaN, a signal, a damaged file. Nothing is lost, nothing is corrupted."""
 
+import contextlib
 import json
 import math
 import os
@@ -420,6 +421,13 @@ def test_a_checkpoint_of_another_architecture_is_refused(run, sheep, tmp_path):
 # killed
 
 
+def saving(out, since):
+    """Whether a save began after a time and has not ended."""
+    with contextlib.suppress(FileNotFoundError):  # it has ended now
+        return any(path.stat().st_mtime > since for path in out.glob('.*.tmp'))
+    return False
+
+
 @pytest.mark.slow  # some minutes
 def test_killed_fifty_times_it_resumes_to_the_same_weights(sheep, tmp_path):
     """SIGKILL at random instants, saves included; in the end not one bit differs from the uninterrupted run."""
@@ -433,8 +441,13 @@ def test_killed_fifty_times_it_resumes_to_the_same_weights(sheep, tmp_path):
             cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
         before = log.read_bytes() if log.exists() else b''
-        began = time.monotonic()
+        began, started, aimed = time.monotonic(), time.time(), kills % 5 == 4  # at a save
         while time.monotonic() < began + 60 and process.poll() is None:
+            if aimed:
+                if saving(tmp_path / 'killed', started):
+                    break
+                time.sleep(0.001)
+                continue
             if log.exists() and len(log.read_bytes()) > len(before) and chance.random() < 0.9:
                 break  # most are killed in training, some while starting
             if not before and not log.exists():
@@ -442,14 +455,14 @@ def test_killed_fifty_times_it_resumes_to_the_same_weights(sheep, tmp_path):
             elif chance.random() < 0.001:
                 break
             time.sleep(0.005)
-        time.sleep(chance.uniform(0, 1.5))
+        time.sleep(0 if aimed else chance.uniform(0, 1.5))
         process.kill()
         process.wait()
         assert process.returncode == -signal.SIGKILL, process.stderr.read().decode()
         assert process.stderr.read() == b''
         process.stderr.close()
         kills += 1
-        during_save += any((tmp_path / 'killed').glob('.*.tmp'))
+        during_save += saving(tmp_path / 'killed', started)
         for path in checkpoint.checkpoints(tmp_path / 'killed'):
             for name, expected in checkpoint.read_meta(path)['files'].items():
                 lost += checkpoint.checksum(path / name) != expected
