@@ -12,7 +12,7 @@ demo: .venv/installed data/shakespeare/train.bin
 	$(PY) sample.py --out_dir=out-shakespeare --num_samples=2
 
 test: .venv/installed-dev
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2
 
 lint: .venv/installed-dev
 	$(PY) -m ruff check

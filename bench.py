@@ -110,46 +110,56 @@ def plain_loss(model, x, y):
     return torch.nn.functional.cross_entropy(model(x).float().flatten(0, 1), y.flatten())
 
 
-def step():
-    """One training step: plain torch (unfused AdamW, all logits at once) and ours, eager and compiled."""
-    place = torch.device(pick_device(device))
+def one_way(way, place, dtype, batch_size, shape):
+    """In a process of its own, since memory once kept is not given back: print the seconds and GiB of a step."""
+    place = torch.device(place)
+    if way.startswith('ours'):
+        pick_device(place.type)  # keeps freed memory
     torch.set_float32_matmul_precision('high')
     autocast = nullcontext() if dtype == 'float32' else torch.autocast(place.type, torch.bfloat16)
-    names = pick_ways(place, 'plain,ours,plain compiled,ours compiled')
-    idx = torch.randint(0, 50257, (batch_size, block_size), generator=torch.Generator().manual_seed(0)).to(place)
-    runs, times = {}, {name: [] for name in names}
-    ceiling = gemm_rate(place)
-    for name in names:
-        torch.manual_seed(0)
-        model = GPT(GPTConfig(arch=arch, **PUBLISHED[size] | {'block_size': block_size})).to(place)
-        ours = name.startswith('ours')
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=ours, foreach=False if not ours else None)
-        if name.endswith('compiled'):
-            model.compile()
-        runs[name] = model, optimizer, model if ours else lambda x, y, model=model: plain_loss(model, x, y)
-    for _ in range(repeats + 1):  # in turn: speed drifts; the first is to warm up
-        for name, (_, optimizer, loss) in runs.items():
-            synchronize(place)
-            start = time.perf_counter()
-            with autocast:
-                nats = loss(idx, idx)
-            nats.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            synchronize(place)
-            times[name].append(time.perf_counter() - start)
+    torch.manual_seed(0)
+    model, ours = GPT(GPTConfig(**shape)).to(place), way.startswith('ours')
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=ours, foreach=None if ours else False)
+    idx = torch.randint(0, 50257, (batch_size, shape['block_size'])).to(place)
+    if way.endswith('compiled'):
+        model.compile()
+    for _ in range(3):  # the first makes the optimizer's state, the second finds room beside it
+        synchronize(place)
+        start = time.perf_counter()
+        with autocast:
+            loss = model(idx, idx) if ours else plain_loss(model, idx, idx)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        synchronize(place)
+        seconds = time.perf_counter() - start
+    print(json.dumps({'seconds': seconds, 'gib': memory(place), 'flops': idx.numel() * model.flops_per_token()}))
+
+
+def step():
+    """One training step: plain torch (unfused AdamW, all logits at once) and ours, eager and compiled."""
+    place, here = torch.device(pick_device(device)), str(Path(__file__).parent)
+    shape, ceiling = PUBLISHED[size] | {'arch': arch, 'block_size': block_size}, gemm_rate(place)
+    found = {name: [] for name in pick_ways(place, 'plain,ours,plain compiled,ours compiled')}
+    for name in [name for _ in range(repeats) for name in found]:  # in turn: speed drifts
+        code = f'import sys; sys.path.insert(0, {here!r}); import bench; bench.one_way'
+        code += str((name, str(place), dtype, batch_size, shape))
+        result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+        if result.returncode:
+            raise ValueError(f'{name} did not run: {(result.stderr.strip() or "killed").splitlines()[-1]}')
+        found[name].append(json.loads(result.stdout.splitlines()[-1]))
+        ceiling = max(ceiling, gemm_rate(place))
     print_machine(place)
     print(f'{batch_size} x {block_size} tokens a step; matrix products reach {ceiling / 1e12:.3f} TFLOP/s here')
-    print(f'{"":<18}{"ms":>10}{"tokens/s":>12}{"TFLOP/s":>10}{"of ceiling":>12}')
+    print(f'{"":<16}{"ms":>10}{"tokens/s":>12}{"TFLOP/s":>10}{"of ceiling":>12}{"peak GiB":>10}')
     figures = {}
-    for name, found in times.items():
-        seconds, flops = statistics.median(found[1:]), idx.numel() * runs[name][0].flops_per_token()
-        figures[name] = {'ms': 1000 * seconds, 'tokens_per_second': idx.numel() / seconds, 'flops': flops / seconds}
-        figures[name]['share'] = flops / seconds / ceiling
-        ms, tokens, rate, share = figures[name].values()
-        print(f'{name:<18}{ms:>10,.1f}{tokens:>12,.1f}{rate / 1e12:>10.3f}{share:>12.1%}')
-    print(f'peak memory of all: {memory(place):.2f} GiB')
-    return {'gemm_flops': ceiling, 'ways': figures, 'peak_gib': memory(place)}
+    for name, runs in found.items():
+        seconds, gib, flops = (statistics.median(run[key] for run in runs) for key in ('seconds', 'gib', 'flops'))
+        tokens, rate = batch_size * block_size / seconds, flops / seconds
+        ms, share = 1000 * seconds, rate / ceiling
+        figures[name] = {'ms': ms, 'tokens_per_second': tokens, 'flops': rate, 'share': share, 'peak_gib': gib}
+        print(f'{name:<16}{ms:>10,.1f}{tokens:>12,.1f}{rate / 1e12:>10.3f}{share:>12.1%}{gib:>10.2f}')
+    return {'gemm_flops': ceiling, 'ways': figures}
 
 
 def race():

@@ -14,6 +14,7 @@ ends the script with one sentence and status 1.
 
 import ast
 import contextlib
+import ctypes
 import difflib
 import os
 import re
@@ -125,13 +126,24 @@ def pick_device(name):
     import torch
 
     if name == 'auto':
-        return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
         if torch.empty(1, device=name).device.type not in ('cuda', 'mps', 'cpu'):
             raise RuntimeError('it is none of cuda, mps and cpu')
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device='{name}' cannot be used here: {str(error).splitlines()[0]}") from None
+    if name == 'cpu':
+        keep_freed_memory()
     return name
+
+
+def keep_freed_memory():
+    """Have glibc keep what is freed: new pages take the system time to clear. MALLOC_* in the environment win."""
+    if not any(variable.startswith('MALLOC_') for variable in os.environ):
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            mallopt = ctypes.CDLL('libc.so.6').mallopt
+            mallopt(-4, 0)  # M_MMAP_MAX: map no block by itself, or freeing it gives it back
+            mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
 
 
 def can_compile(device):

@@ -296,6 +296,11 @@ def main():
     for name, values in known.items():
         if config[name] not in values.split():
             raise ValueError(f"{name}='{config[name]}' must be one of: {values.replace(' ', ', ')}.")
+    if input and dataset:
+        raise ValueError('Give input or dataset, not both.')
+    text = input or dataset or not (hellaswag or lambada or choices)
+    if not text and (stride or block_size or detokenize):
+        raise ValueError('stride, block_size and detokenize are for a text: name one, too, with --dataset or --input.')
     place = parallel.join(pick_device(device), None, parallel.world)
     folder, model, tokenizer = open_model(init_from, out_dir, which)
     check(config, 1, model.config.block_size, 'block_size')
@@ -306,12 +311,8 @@ def main():
     precision = nullcontext() if exact else torch.autocast(kind, getattr(torch, dtype.replace('auto', 'bfloat16')))
     options = {'batch_size': batch_size, 'autocast': precision}
     results = {'model': str(folder)}
-    if input and dataset:
-        raise ValueError('Give input or dataset, not both.')
-    if input or dataset or not (hellaswag or lambada or choices):
+    if text:
         results['text'] = judge_text(model, tokenizer, folder, precision)
-    elif stride or detokenize:
-        raise ValueError('stride and detokenize are for a text: name one, too, with --dataset or --input.')
     if hellaswag:
         questions = [hellaswag_choice(row) for row in read_questions('hellaswag', hellaswag)]
         results['hellaswag'] = judge_choices(model, tokenizer, questions, **options)

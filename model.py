@@ -229,7 +229,7 @@ class GPT(nn.Module):
         self.init_weights()
 
     def forward(self, idx, targets=None):
-        x, weight = self.hidden(idx), self.head.weight
+        x, weight = self.hidden(idx), self.head.weight if torch.is_grad_enabled() else self.head.weight.detach()
         if targets is not None and targets.numel() * len(weight) > CHUNK:
             return ChunkedLoss.apply(x.flatten(0, 1), weight, self.padding, targets.flatten(), CHUNK // len(weight))
         logits = F.linear(x, weight, self.padding)  # (B, T, V)
@@ -245,14 +245,11 @@ class GPT(nn.Module):
         """
         if positions is None:
             positions = torch.arange(idx.shape[1], device=idx.device)
-        x, rope = self.wte(idx), None
-        if self.config.arch == 'gpt2':
-            x = x + self.wpe(positions)
-        else:
-            rope = self.cos[positions], self.sin[positions]
+        learned = self.config.arch == 'gpt2'
+        x = self.drop(self.wte(idx) + self.wpe(positions) if learned else self.wte(idx))
+        rope = None if learned else (self.cos[positions], self.sin[positions])
         if cache is not None:
             mask = positions[:, None] >= torch.arange(cache[0][0].shape[2], device=idx.device)  # (T, S)
-        x = self.drop(x)
         for i, block in enumerate(self.blocks):
             x = block(x, rope, None if cache is None else (*cache[i], positions, mask))
         return self.norm_f(x)
@@ -278,19 +275,23 @@ class GPT(nn.Module):
             matrix[self.config.vocab_size :] = 0  # the padding stays 0: it gets no gradient
 
     def freeze(self, n_blocks):
-        """From now on, keep the embeddings, with a head tied to them, and the lowest n_blocks blocks as they are."""
-        for part in (self.wte, getattr(self, 'wpe', self.wte), *self.blocks[:n_blocks]):
-            part.requires_grad_(False)
+        """Train neither the embeddings, with a head tied to them, nor the lowest n_blocks blocks. None: train all."""
+        if n_blocks is not None and not 0 <= n_blocks <= self.config.n_layer:
+            raise ValueError(f'freeze={n_blocks} must be from 0 to {self.config.n_layer}, the blocks there are.')
+        kept = ('wte.', 'wpe.', *(f'blocks.{i}.' for i in range(n_blocks or 0)))
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(n_blocks is None or not name.startswith(kept))
 
     def parameter_groups(self, weight_decay):
         """What an optimizer is to train: vectors, which do not decay; embeddings, head; matrices by shape and rows."""
         groups = {}
-        for name, parameter in [(name, p) for name, p in self.named_parameters() if p.requires_grad]:
+        for name, parameter in self.named_parameters():
             kind, group = parameter.dim(), {'params': [], 'weight_decay': weight_decay * (parameter.dim() > 1)}
             if kind > 1 and name.startswith('blocks.'):
                 group['rows'] = self.get_submodule(name.removesuffix('.weight')).rows
                 kind = group['rows'], parameter.shape
-            groups.setdefault(kind, group)['params'].append(parameter)
+            if parameter.requires_grad:
+                groups.setdefault(kind, group)['params'].append(parameter)
         return list(groups.values())
 
     def checkpoint_activations(self):
@@ -343,7 +344,6 @@ class GPT(nn.Module):
         """The logits of the token after idx, (B, vocab_size)."""
         return self.head(self.hidden(idx, positions, cache)[:, -1])[:, : self.config.vocab_size].float()
 
-    # -----------------------------------------------------------------------------
     # Weights in and out: folders in the Hugging Face layout, config.json + model.safetensors.
     def hf_tensors(self):
         """{name in the Hugging Face layout: view of our parameter, without padding, in the shape it has there}.

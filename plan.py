@@ -2,7 +2,8 @@
 
 One step is run with tensors that have shapes but no contents (torch's FakeTensorMode), and the memory that its live
 tensors would fill is added up: what a real step takes, without the allocator's own losses and, on CUDA, about half a
-GiB for the driver; a compiled step takes less. Floating-point operations are those of GPT.flops_per_token.
+GiB for the driver; a compiled step takes less, and attention with dropout on a CPU more. Floating-point operations are
+those of GPT.flops_per_token.
 
 Under FSDP each of W devices keeps 1/W of weights, gradients and optimizer state, and has the embeddings and two blocks
 whole at a time, in the dtype computed with, and their gradients in float32 (Zhao et al., 2023, PyTorch FSDP).
@@ -19,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from configurator import check
 from data import Dataset
 from model import GPT, PUBLISHED, GPTConfig, find_pretrained, read_config
 from muon import Muon
@@ -62,16 +62,15 @@ def dry_run(shape, knobs, checkpointing):
         model.config.dropout = 0.0  # of attention, which needs no matrix for it on CUDA; the others stay
         if checkpointing:
             model.checkpoint_activations()
-        if knobs['freeze'] is not None:
-            model.freeze(knobs['freeze'])
-        held['weights'] = memory.now
+        model.freeze(knobs['freeze'])
+        held['weights'], trained = memory.now, [p for p in model.parameters() if p.requires_grad]
         groups = model.parameter_groups(knobs['weight_decay'])
         muon = [group for group in groups if 'rows' in group] if knobs['optimizer'] == 'muon' else []
         others = [group for group in groups if 'rows' not in group] if muon else groups
         optimizers = [torch.optim.AdamW(others, fused=True)] + ([Muon(muon)] if muon else [])
         model.norm_f.register_forward_hook(lambda *_: held.update(activations=memory.now - before))
         for optimizer in optimizers:  # its state is made by its first step
-            for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
+            for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
         before, memory.peak = memory.now, 0
@@ -82,7 +81,7 @@ def dry_run(shape, knobs, checkpointing):
         del loss
         for optimizer in optimizers:
             optimizer.step()
-    held['gradients'] = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    held['gradients'] = sum(parameter.nbytes for parameter in trained)
     held['optimizer'] = sum(v.nbytes for each in optimizers for state in each.state.values() for v in state.values())
     held['the rest'] = memory.peak - sum(held.values())
     return held | {'peak': memory.peak}
@@ -119,9 +118,7 @@ def print_plan(config):
         raise ValueError(f'{tokens:,} tokens at once, batch_size x block_size, are more than any device has room for.')
     with torch.device('meta'):
         model = GPT(shape)
-    if config['freeze'] is not None:
-        check(config, 0, shape.n_layer, 'freeze')
-        model.freeze(config['freeze'])
+    model.freeze(config['freeze'])
     knobs = config | {'dtype': 'bfloat16' if config['dtype'] == 'auto' else config['dtype']}
     per_step = config['batch_size'] * config['gradient_accumulation_steps'] * shape.block_size
     tokens, n, flops = per_step * config['max_iters'], model.count_parameters(), model.flops_per_token()
@@ -138,9 +135,9 @@ def print_plan(config):
         f'time    {duration(seconds)} on {gpus} x {gpu} at {mfu:.0%} of {peak} TFLOP/s, '
         f'{tokens / max(seconds, 1e-9):,.0f} tokens/s'
     )
-    tables = model.wte.weight.numel() * (2 - shape.tied) + (model.wpe.weight.numel() if shape.arch == 'gpt2' else 0)
-    block = sum(parameter.numel() for parameter in model.blocks[0].parameters())
-    gathered = (tables + 2 * block) * (2 + 4 if knobs['dtype'] != 'float32' else 8)
+    wide = [parameter for name, parameter in model.named_parameters() if not name.startswith('blocks.')]
+    wide += 2 * list(model.blocks[-1].parameters())
+    gathered = sum(p.numel() * ((4 if knobs['dtype'] == 'float32' else 2) + 4 * p.requires_grad) for p in wide)
     print(f'memory  GiB a device, {knobs["dtype"]}, not compiled; {gpu} has {room}')
     print(f'        {"weights":>24}{"gradients":>10}{"optimizer":>10}{"activations":>12}{"loss etc.":>10}{"peak":>6}')
     too_much = []

@@ -111,7 +111,6 @@ def encode(tokenizer, text, special=frozenset()):
     """The ids of a text, (n,) uint32; `<|endoftext|>` in it is plain text unless `special` has it.
 
     Decoding gives back the same bytes.
-
     Raises ValueError for what cannot be given back: a lone surrogate, a character outside a `char` alphabet.
     """
     try:

@@ -139,7 +139,8 @@ with errors_in_one_sentence():
         checkpoint.own(out_dir)
     parallel.agree(config)
 saved = checkpoint.checkpoints(out_dir)
-init_from = {'auto': 'resume' if saved else 'scratch'}.get(init_from, init_from)
+if init_from == 'auto':
+    init_from = 'resume' if saved else 'scratch'
 held = saved or checkpoint.checkpoints(out_dir, 'weights')
 if held and init_from != 'resume' and not (eval_only and init_from != 'scratch'):
     end(f'{out_dir} holds a run: use it with --init_from=resume, choose another --out_dir, or delete it.')
@@ -187,9 +188,7 @@ with errors_in_one_sentence():
                 f"one of {data.vocab_size:,}: prepare the text with the model's, --tokenizer={theirs}"
             )
         config |= {name: getattr(model.config, name) for name in shape}
-    if freeze is not None:
-        check(config, 0, config['n_layer'], 'freeze')
-        model.freeze(freeze)
+    model.freeze(freeze)
     if sample_interval:
         report.check_prompt(data.tokenizer, sample_prompt, block_size)
     parallel.agree({'init_from': init_from, 'step': state['step'], 'dataset': data.fingerprint()})
@@ -307,7 +306,7 @@ if not eval_only and not parallel.rank:
 diverged = f'What {out_dir} holds is from before; try a lower learning_rate or a grad_clip.'
 if not eval_only:
     report.obey_signals()
-flops, peak, per_byte = model.flops_per_token(), report.peak_flops(device, dtype), 1 / data.bytes_per_token('val')
+flops, peak = model.flops_per_token(), report.peak_flops(device, dtype)
 report.headings(peak)
 
 # -----------------------------------------------------------------------------
@@ -341,7 +340,8 @@ while True:
                 state |= {'best_val_loss': val_loss, 'best_step': step, 'evaluations_since_best': 0}
             last = finished()
             figures = {'val_loss': val_loss, 'train_seconds': round(train_seconds, 3)}
-            figures |= {'perplexity': exponential(val_loss), 'bits_per_byte': val_loss / math.log(2) * per_byte}
+            figures |= {'perplexity': exponential(val_loss)}
+            figures |= {'bits_per_byte': val_loss / math.log(2) / data.bytes_per_token('val')}
         if eval_only:
             report.validation(step, state['windows'] * block_size, figures)
             break

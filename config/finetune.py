@@ -8,6 +8,7 @@
 # above its own. With --freeze=6 only the upper half of GPT-2's twelve blocks is trained.
 #
 # 1 x 32 x 1,024 = 32,768 tokens a step; 200 steps = 6.6 million tokens at most, five epochs of the bundled Shakespeare.
+# By the README of transformers' examples, GPT-2 comes to a perplexity of about 20 on WikiText-2 in this way.
 # By --plan: 2.8 GiB in bfloat16 (with --freeze=6, 1.4), and 3 minutes on an RTX 3090 at 40 % of its peak.
 
 init_from = 'gpt2'

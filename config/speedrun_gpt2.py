@@ -5,6 +5,7 @@
 #     torchrun --nproc_per_node=8 train.py config/speedrun_gpt2.py
 #
 # 16 x 32 x 1,024 = 524,288 tokens a step; 5,000 steps = 2.6 billion tokens, 21 a parameter.
+# By --plan: 12.3 GiB a GPU in bfloat16, and 12 minutes on 8 H100 at 40 % of their peak.
 
 out_dir = 'out-speedrun'
 dataset = 'openwebtext'

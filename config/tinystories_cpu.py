@@ -3,8 +3,9 @@
 #     python prepare.py --dataset=tinystories
 #     python train.py config/tinystories_cpu.py
 #
-# 8 x 128 = 1,024 tokens a step; 1,800 steps = 1.8 million tokens, of the several hundred million that the corpus has,
-# so no text is seen twice. @
+# 8 x 128 = 1,024 tokens a step; 1,800 steps = 1.8 million tokens, so that none of the 2,119,719 stories is
+# seen twice. Not yet run on TinyStories itself. On the King James Bible, 4.1 MB, two epochs: 0.7 GiB, a validation loss
+# of 3.350, that is a perplexity of 28.5 of 4,096 tokens, 1.256 bits per byte (BENCHMARKS.md).
 
 out_dir = 'out-tinystories-cpu'
 dataset = 'tinystories'

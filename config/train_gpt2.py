@@ -3,6 +3,7 @@
 #     torchrun --nproc_per_node=8 train.py config/train_gpt2.py
 #
 # 12 x 40 x 1,024 = 491,520 tokens a step; 600,000 steps = 295 billion tokens.
+# By --plan: 6.3 GiB a GPU in bfloat16, and 70 hours on 8 A100 at 40 % of their peak.
 
 out_dir = 'out-gpt2'
 dataset = 'openwebtext'

@@ -1,4 +1,4 @@
-# A small GPT that learns to write plays, on a laptop's CPU, in a minute and a half of training.
+# A small GPT that learns to write plays, on a laptop's CPU, in less than two minutes of training.
 #
 #     python prepare.py
 #     python train.py config/train_shakespeare.py

@@ -1,5 +1,5 @@
-# Character-level Shakespeare on a CPU in ten seconds: the loss of nanoGPT's recipe (baseline_shakespeare_char.py) for
-# about a tenth of its time.
+# Character-level Shakespeare on a CPU in fourteen seconds: the loss of nanoGPT's recipe (baseline_shakespeare_char.py)
+# for about a tenth of its time.
 #
 #     python prepare.py --input=input.txt --tokenizer=char --name=shakespeare_char
 #     python train.py config/train_shakespeare_char.py

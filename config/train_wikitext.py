@@ -4,7 +4,7 @@
 #     python train.py config/train_wikitext.py
 #
 # 4 x 8 x 1,024 = 32,768 tokens a step; 300,000 steps = 9.8 billion tokens at most: it ends when ten evaluations in a
-# row bring no new best. By --plan: 3.9 GiB in bfloat16, and 35 hours for all of it on an RTX 4090 at 40 % of its peak.
+# row bring no new best. By --plan: 3.9 GiB in bfloat16, and 35 hours on an RTX 4090 at 40 % of its peak for all.
 # A Transformer of 125M parameters has a perplexity of 18.6 there, a loss of 2.92 (Poli et al., 2023, Hyena, table 4.3).
 
 out_dir = 'out-wikitext'

@@ -1,6 +1,5 @@
 # WikiText-103 the fast way: the blocks, optimizer and schedule of train_shakespeare_char.py at GPT-2's size, and four
-# epochs instead of eighty. Not yet run on WikiText itself;
-# see train_wikitext.py for a loss to compare with.
+# epochs instead of eighty. Not yet run; train_wikitext.py has a loss to compare with.
 #
 #     python prepare.py --dataset=wikitext103 --tokenizer=gpt2
 #     python train.py config/wikitext_fast.py

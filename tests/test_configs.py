@@ -32,9 +32,13 @@ def test_it_trains_two_steps_of_a_small_model(sheep, run, tmp_path, name):
 
 @every_config
 def test_its_plan_is_what_its_comment_says(run, name):
-    result = run('train.py', *files(name), '--plan', '--dataset=none')
-    assert result.code == 0 and 'time ' in result.out and not result.err, result.err
     comment = ' '.join(re.findall(r'^# ?(.*)$', (ROOT / 'config' / f'{name}.py').read_text(), re.MULTILINE))
+    stated = r'By --plan: ([\d.]+) GiB.* and ([\dh min]+?)( hours| minutes)? on (\d+|an) (\w+( \d+)?)'
+    stated = re.search(stated, comment)
+    gpus, gpu = stated.group(4, 5) if stated else ('1', 'H100')
+    gpu = [f'--plan_gpu={gpu.replace(" ", "")}', f'--plan_gpus={gpus.replace("an", "1")}']
+    result = run('train.py', *files(name), '--plan', '--dataset=none', *gpu)
+    assert result.code == 0 and 'time ' in result.out and not result.err, result.err
     (step,) = re.findall(r'= ([\d,]+) tokens: ', result.out)
     (steps,) = re.findall(r'^steps   ([\d,]+), each', result.out, re.MULTILINE)
     if name in OVERLAYS:
@@ -42,8 +46,10 @@ def test_its_plan_is_what_its_comment_says(run, name):
         assert '{n_layer} layers, {n_head} heads, {n_embd} wide'.format(**shape) in result.out
     else:
         assert f' = {step} tokens a step; {steps} steps = ' in comment
-    stated = re.search(r'([\d.]+) GiB', comment)
-    if stated and name not in ('cpu_small', 'train_tinystories', 'tinystories_cpu'):  # their vocabularies are others
+    if stated and name != 'train_tinystories':  # its vocabulary is another
         (peak,) = re.findall(r'^ +DDP  .* ([\d.]+)$', result.out, re.MULTILINE)
-        assert stated[1] == f'{float(peak):.1f}'
+        (time,) = re.findall(r'^time +(\S+)', result.out, re.MULTILINE)  # 35h22m or 11m48s
+        larger, smaller = map(int, re.findall(r'\d+', time))
+        shown = f'{round(larger + smaller / 60)}', f'{larger} h {smaller} min'
+        assert stated[1] == f'{float(peak):.1f}' and stated[2] in shown
     assert all(len(line) <= 80 for line in result.out.splitlines())

@@ -204,7 +204,7 @@ def test_several_processes_judge_as_one(run, sheep, tmp_path):
         (['--init_from=m', '--input=empty.txt'], 'There is no text to judge in empty.txt.'),
         (['--init_from=m', '--dataset=none'], 'data/none has no train.bin'),
         (['--init_from=m', '--dataset=sheep'], 'data/sheep has a vocabulary of 257 tokens, the model another one of 5'),
-        (['--init_from=m', '--choices=text.jsonl', '--stride=5'], 'stride and detokenize are for a text'),
+        (['--init_from=m', '--choices=text.jsonl', '--stride=5'], 'detokenize are for a text: name'),
         (['--init_from=m', '--input=x.txt', '--stride=129'], 'stride=129: must be from 1 to 128'),
         (['--init_from=m', '--input=x.txt', '--part=test'], "part='test' must be one of: val, train."),
         (['--out_dir=none'], 'none has no checkpoint'),

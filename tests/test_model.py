@@ -335,6 +335,16 @@ def test_a_parameter_that_init_weights_does_not_cover_is_an_error():
         model.init_weights()
 
 
+def test_evaluating_computes_no_gradients(monkeypatch):
+    monkeypatch.setattr('model.CHUNK', 5000)
+    model, idx = small_model(), torch.randint(0, 1000, (2, 20))
+    with FlopCounterMode(display=False) as forward:
+        model(idx)
+    with FlopCounterMode(display=False) as evaluating, torch.no_grad():
+        model(idx, idx)
+    assert evaluating.get_total_flops() == forward.get_total_flops()
+
+
 @pytest.mark.parametrize('in_chunks', [False, True])
 @pytest.mark.parametrize('tied', [False, True])
 def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(monkeypatch, tied, in_chunks):

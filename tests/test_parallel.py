@@ -82,6 +82,16 @@ def test_many_processes_share_the_work_of_muon_whole_or_sharded(sheep, tmp_path)
     assert list(logged) == list(range(1, 21)) and logged == pytest.approx(losses(tmp_path / 'alone', 'loss'), abs=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('more', [[], ['--fsdp']])
+def test_frozen_blocks_are_frozen_in_every_process(sheep, tmp_path, more):
+    flags = [*FLAGS, '--freeze=1', '--max_iters=20']
+    assert command('train.py', *flags, '--out_dir=alone', cwd=tmp_path).returncode == 0
+    result = torchrun(2, *flags, *more, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert_close(tmp_path / 'alone', tmp_path / 'out', 20)
+
+
 def test_dropout_does_not_depend_on_the_number_of_processes(sheep, tmp_path):
     flags = [*FLAGS, '--dropout=0.2', '--max_iters=10', '--log_interval=1']
     assert command('train.py', *flags, '--out_dir=alone', cwd=tmp_path).returncode == 0

@@ -87,7 +87,7 @@ def test_a_plan_writes_nothing_and_what_cannot_fit_is_said(sheep, run, tmp_path)
         ('--plan_gpus=3', 'gradient_accumulation_steps=1 micro-batches cannot be divided over 3 processes: use 3.'),
         ('--batch_size=900000000', '28,800,000,000 tokens at once, batch_size x block_size, are more than any'),
         ('--plan_gpus=0', 'plan_gpus=0: must be from 1'),
-        ('--freeze=3', 'freeze=3: must be from 0 to 2'),
+        ('--freeze=3', 'freeze=3 must be from 0 to 2'),
         ('--n_head=7', 'n_embd=32 must be a multiple of n_head=7'),
         ('--init_from=nowhere', 'There is no folder nowhere'),
     ],

@@ -40,15 +40,16 @@ def test_the_hacks_of_the_readme_apply_and_train(sheep, tmp_path, name):
         shutil.copy(path, code)
     applied = subprocess.run(['git', 'apply', '-'], input=HACKS[name], cwd=code, capture_output=True, text=True)
     assert applied.returncode == 0, applied.stderr
-    assert 3 <= len(re.findall(r'^[+](?![+]{2} )\s*\S', HACKS[name], re.MULTILINE)) <= 11, 'lines'
-    flags = ['--dataset=sheep', *TINY, '--max_iters=60', '--eval_interval=60', '--log_interval=60']
+    assert 3 <= len(re.findall(r'^[+](?![+]{2} )[ \t]*\S', HACKS[name], re.MULTILINE)) <= 11, 'lines'
+    flags = ['--dataset=sheep', *TINY, '--max_iters=150', '--eval_interval=150', '--log_interval=150']
     flags += ['--learning_rate=2e-3'] if name == 'optimizer' else ['--learning_rate=1e-2']
+    flags += ['--arch=qwen3', '--optimizer=muon'] if name == 'objective' else []
     line = [sys.executable, code / 'train.py', *flags]
     result = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0 and not result.stderr, result.stderr
-    assert losses(tmp_path / 'out')[60] < 0.5 * losses(tmp_path / 'out')[0]
+    assert losses(tmp_path / 'out')[150] < 0.5 * losses(tmp_path / 'out')[0]
 
-    folder, idx = tmp_path / 'out' / 'step_00000060', torch.arange(32)[None] * 5
+    folder, idx = tmp_path / 'out' / 'step_00000150', torch.arange(32)[None] * 5
     if name == 'activation':
         ours = module(code / 'model.py').GPT.from_pretrained(folder).eval()
         theirs = AutoModelForCausalLM.from_pretrained(folder)
@@ -65,6 +66,11 @@ def test_the_hacks_of_the_readme_apply_and_train(sheep, tmp_path, name):
         assert masked.sum(1).tolist() == [5, 5, 1, 0] and (x[masked] == 0).all()
         expected = (torch.arange(4)[:, None] * 32 + torch.arange(1, 33))[masked]
         assert (y[masked] == expected).all()
+
+
+def test_nothing_is_left_to_be_filled_in():
+    for path in (*ROOT.glob('*.md'), *ROOT.glob('*.py'), *ROOT.glob('config/*.py')):
+        assert not re.search(r'@[A-Z]+\b|@$|TODO|FIXME', path.read_text(), re.MULTILINE), path
 
 
 def test_the_walkthrough_is_committed_as_it_ran():
@@ -96,8 +102,9 @@ def test_the_walkthrough_runs_from_a_clean_kernel(tmp_path, monkeypatch):
 
 
 def printed_by(notebook):
-    return [''.join(o.get('text', '') for o in cell.outputs) for cell in notebook.cells if cell.cell_type == 'code']
+    code = [cell for cell in notebook.cells if cell.cell_type == 'code']
+    return [''.join(o.text for o in cell.outputs if o.get('name') == 'stdout') for cell in code]
 
 
 def rounded(text):
-    return [round(float(number), 1) for number in re.findall(r'\d+\.\d+(?!e)', text)]
+    return [round(float(number), 1) for number in re.findall(r'\d+\.\d+(?![\de])', text)]
