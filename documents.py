@@ -175,6 +175,7 @@ def open_hub(repository, configuration, split, column, streaming):
     """
     import datasets
 
+    logging.getLogger('huggingface_hub').setLevel(logging.CRITICAL)  # what is wrong is said below
     try:
         found = datasets.get_dataset_split_names(repository, configuration)
         names = [split, *(name for name in VALIDATION if name in found and name != split)]

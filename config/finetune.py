@@ -1,8 +1,8 @@
 # A published GPT-2, or a model of your own, taught your text: a low learning rate, few steps, and an end as soon as the
 # validation loss falls no more.
 #
-#     python prepare.py --input=book.txt --tokenizer=gpt2
-#     python train.py config/finetune.py --dataset=book
+#     python prepare.py --input=book.txt --tokenizer=gpt2 --name=book-gpt2
+#     python train.py config/finetune.py --dataset=book-gpt2
 #
 # For a model in a folder give the folder to both, as --tokenizer= and as --init_from=, and a --block_size= that is not
 # above its own. With --freeze=6 only the upper half of GPT-2's twelve blocks is trained.
@@ -13,7 +13,7 @@
 
 init_from = 'gpt2'
 out_dir = 'out-finetune'
-dataset = 'book'
+dataset = 'book-gpt2'
 
 block_size = 1024
 batch_size = 1

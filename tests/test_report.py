@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -192,8 +193,12 @@ def test_wandb_has_what_the_log_has_over_a_resume(run, sheep, tmp_path, monkeypa
     flags = [*FLAGS, '--tracker=wandb', '--sample_interval=6']
     train(run, *flags, '--max_iters=8')
     train(run, *flags, '--init_from=resume')
-    found, ids, config = {}, set(), set()
-    for path in (tmp_path / 'out' / 'wandb').rglob('*.wandb'):
+    expected, found, ids, config = logged(tmp_path / 'out'), {}, set(), set()
+    files, deadline = list((tmp_path / 'out' / 'wandb').rglob('*.wandb')), time.monotonic() + 30
+    sizes = None
+    while sizes != (sizes := [path.stat().st_size for path in files]) and time.monotonic() < deadline:
+        time.sleep(1)  # another process writes them
+    for path in files:
         for record in read_wandb(path):
             if record.WhichOneof('record_type') == 'run':
                 ids.add(record.run.run_id)
@@ -204,7 +209,7 @@ def test_wandb_has_what_the_log_has_over_a_resume(run, sheep, tmp_path, monkeypa
                     assert (name, row['_step']) not in found, 'once per step'
                     found[name, row['_step']] = row[name]
     other = [found.pop(key) and key for key in list(found) if key[0] == 'sample' or key[0].startswith('picture')]
-    assert found == pytest.approx(logged(tmp_path / 'out'), rel=1e-6)
+    assert found == pytest.approx(expected, rel=1e-6)
     assert {step for name, step in other if name == 'sample'} == {6, 12}
     assert {step for name, step in other if name != 'sample'} == {8, 12}, 'pictures, at the ends'
     assert ids == {Path(tmp_path / 'out' / 'wandb_id').read_text()}, 'one run'
