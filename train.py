@@ -339,9 +339,9 @@ while True:
             if improved:
                 state |= {'best_val_loss': val_loss, 'best_step': step, 'evaluations_since_best': 0}
             last = finished()
-            figures = {'val_loss': val_loss, 'train_seconds': round(train_seconds, 3)}
-            figures |= {'perplexity': exponential(val_loss)}
-            figures |= {'bits_per_byte': val_loss / math.log(2) / data.bytes_per_token('val')}
+            figures = {'val_loss': val_loss, 'perplexity': exponential(val_loss)}
+            figures['bits_per_byte'] = val_loss / math.log(2) / data.bytes_per_token('val')
+            figures['train_seconds'] = round(train_seconds, 3)
         if eval_only:
             report.validation(step, state['windows'] * block_size, figures)
             break

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 from conftest import ROOT
 
@@ -153,3 +157,23 @@ def test_every_script_explains_every_one_of_its_knobs(run, name):
     assert result.code == 0 and len(knobs) >= 6
     assert all(len(line[38:]) > 3 for line in knobs), 'a knob without a comment'
     assert 'device and precision' not in result.out, 'a heading that is no knobs\''
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='of glibc')
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise(tmp_path):
+    code = f'import sys; sys.path.insert(0, {str(ROOT)!r})\n' + '''
+import resource, torch
+from configurator import pick_device
+pick_device('auto' if not torch.cuda.is_available() else 'cpu')
+for n in range(20):
+    if n == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+'''
+
+    def faults(**environment):
+        kept = {name: value for name, value in os.environ.items() if not name.startswith('MALLOC_')}
+        return int(subprocess.check_output([sys.executable, '-c', code], env=kept | environment))
+
+    assert faults() < 100 and faults(MALLOC_ARENA_TEST='8') > 1000  # 8 is its default

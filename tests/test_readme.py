@@ -68,6 +68,16 @@ def test_the_hacks_of_the_readme_apply_and_train(sheep, tmp_path, name):
         assert (y[masked] == expected).all()
 
 
+def test_the_plan_that_the_readme_shows_is_what_is_printed(run):
+    readme = (ROOT / 'README.md').read_text()
+    pattern = r'    python train.py (config/.*--plan .*)\n\n[^$]*?\n\n((    .+\n)+)'
+    command, shown = re.search(pattern, readme).group(1, 2)
+    config, *flags = command.split()
+    printed = run('train.py', str(ROOT / config), *flags).out.splitlines()
+    lines = [line.removeprefix('    ') for line in shown.splitlines()]
+    assert lines[-1] == '...' and lines[:-1] == printed[: len(lines) - 1] and len(lines) > 6
+
+
 def test_nothing_is_left_to_be_filled_in():
     for path in (*ROOT.glob('*.md'), *ROOT.glob('*.py'), *ROOT.glob('config/*.py')):
         assert not re.search(r'@[A-Z]+\b|@$|TODO|FIXME', path.read_text(), re.MULTILINE), path
