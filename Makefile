@@ -1,5 +1,5 @@
-# make demo   install, prepare Shakespeare, train a small GPT on the CPU, let it write
-# make test   install what the tests need too, and run them
+# make demo   install, prepare Shakespeare, train a small GPT on the CPU, sample from it
+# make test   install what the tests need as well, and run them
 # make lint   check the style
 PYTHON ?= python3
 PY := .venv/bin/python

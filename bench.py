@@ -1,15 +1,14 @@
-"""How fast is it, here, against what. Prints a table; the figures of a run are compared with one another only.
+"""How fast is it, on this machine, compared with what. Only figures of one run are comparable.
 
-    python bench.py race                      # seconds to equal loss: our recipe against nanoGPT's, on a CPU
+    python bench.py race                      # seconds to equal loss: our recipe and nanoGPT's, CPU
     python bench.py step                      # one training step of GPT-2 124M, random weights
     python bench.py step --device=cuda --dtype=bfloat16 --batch_size=16
-    python bench.py sample                    # GPT-2 124M writes one sequence
-    python bench.py sample --device=cuda --dtype=bfloat16 --ways=ours,compiled
+    python bench.py sample                    # GPT-2 124M generates one sequence
+    python bench.py sample --device=cuda --dtype=bfloat16 --variants=ours,compiled
     python bench.py prepare --corpus_mb=1000  # tokenizing a text with all cores
-    python bench.py data                      # batches of it, without a model
+    python bench.py data                      # reading batches, without a model
 """
 
-import copy
 import json
 import math
 import os
@@ -20,289 +19,412 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+import report
+import runtime
 import tokenizer
-from configurator import can_compile, check, configure, errors_in_one_sentence, pick_device
-from data import count_windows, training_order, windows
+from configurator import check_range, configure
+from data import count_windows, get_batch, training_order
+from inference import fast_cpu_decode, to_column_major
 from model import GPT, PUBLISHED, GPTConfig
-from report import memory, peak_of, synchronize
-from sample import lay_out
+from runtime import UserError, pick_device, synchronize
 
 # -----------------------------------------------------------------------------
-size = 'gpt2'  # 'gpt2' to 'gpt2-xl'
-arch = 'gpt2'  # 'gpt2', 'qwen3' or 'llama'
-batch_size = 1  # of a step, in sequences
-block_size = 1024  # of a step, tokens a sequence
-prompt_tokens = 8  # length of the prompt of a sample
-repeats = 3  # each figure is the median of this many, or the seeds of a race
-dataset = 'shakespeare_char'  # what a race is run on
-baseline = 'config/baseline_shakespeare_char.py'  # a race's recipes: how far it gets
-recipe = 'config/train_shakespeare_char.py'  # and how soon this one is as far
+size: Literal['gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'] = 'gpt2'  # of the model
+arch: Literal['gpt2', 'qwen3', 'llama'] = 'gpt2'  # its architecture
+batch_size = 1  # step, data: sequences per batch
+block_size = 1024  # step, data: tokens per sequence
+prompt_tokens = 8  # sample: length of the prompt
+repeats = 3  # each figure is the median of this many; race: the number of seeds
+dataset = 'shakespeare_char'  # race: what it is run on
+baseline = 'config/baseline_shakespeare_char.py'  # race: the recipe that sets the loss to reach
+recipe = 'config/train_shakespeare_char.py'  # race: the recipe that has to reach it
 device = 'auto'  # 'cuda', 'mps', 'cpu'; 'auto' takes the first there is
-dtype = 'float32'  # 'float32' or 'bfloat16'
-corpus_mb = 200  # megabytes of text to prepare
-ways: str | None = None  # what to measure, by the names in the table; one alone shows its peak memory; None: all
+dtype: Literal['float32', 'bfloat16'] = 'float32'  # of the computation
+corpus_mb = 200  # prepare: megabytes of text
+variants: str | None = None  # step, sample: rows to measure, comma separated; None: all
 json_file: str | None = None  # write the figures there, too
 # -----------------------------------------------------------------------------
 
-
-def uncached(model, idx, n):
-    """Each token from the whole window anew."""
-    for _ in range(n):
-        token = model.next_logits(idx[:, -model.config.block_size :]).argmax(-1, keepdim=True)
-        idx = torch.cat((idx, token), 1)
-    return idx
+ROOT = Path(__file__).parent
 
 
-def sample():
-    """Tokens per second of generating 64 and 256 tokens greedily, with and without a cache, and in transformers."""
-    torch.manual_seed(0)
-    place = torch.device(pick_device(device))
-    model = GPT(GPTConfig(arch=arch, **PUBLISHED[size])).to(place, getattr(torch, dtype)).eval()
-    names = pick_ways(place, 'uncached,ours,compiled,transformers')
-    plain = copy.deepcopy(model) if 'uncached' in names or 'compiled' in names else None
-    theirs = in_transformers(model) if 'transformers' in names else None
-    if place.type == 'cpu':  # as sample.py does
-        lay_out(model)
-    idx = torch.randint(0, 50257, (1, prompt_tokens), device=place)
-    known = {
-        'uncached': lambda n: uncached(plain, idx, n),
-        'ours': lambda n: torch.cat(list(model.generate(idx, n)), 1),
-        'compiled': lambda n: torch.cat(list(plain.generate(idx, n, compile=True)), 1),
-        'transformers': lambda n: theirs.generate(idx, max_new_tokens=n, min_new_tokens=n, do_sample=False),
-    }
-    rates = {(name, n): [] for name in names for n in (64, 256)}
-    with torch.inference_mode():
-        for name in names:
-            for n in (64, 256) if name == 'compiled' else (8,):
-                known[name](n)  # warm up
-        for (name, n), found in [item for _ in range(repeats) for item in rates.items()]:  # in turn: speed drifts
-            start = time.perf_counter()
-            known[name](n)[0, -1].item()  # waits for the device
-            found.append(n / (time.perf_counter() - start))
-    table = {key: statistics.median(found) for key, found in rates.items()}
-    print_machine(place)
-    print(f'{"tokens/s for":<16}{"64 tokens":>12}{"256 tokens":>12}')
-    for name in names:
-        print(f'{name:<16}{table[name, 64]:>12.1f}{table[name, 256]:>12.1f}')
-    peak = memory(place)
-    print(f'peak memory of the process: {peak:.2f} GiB')
-    return {'tokens_per_second': {f'{name} {n}': rate for (name, n), rate in table.items()}, 'peak_gib': peak}
+def pick_variants(device, known):
+    """Return the variants asked for, or all; the compiled ones only where a compiler works."""
+    names = known if variants is None else variants.split(',')
+    if not set(names) <= set(known):
+        raise UserError(f"variants='{variants}' must be some of {', '.join(known)}, with commas.")
+    eager = [name for name in names if 'compiled' not in name]
+    if eager != names and not runtime.can_compile(device):
+        return eager
+    return names
 
 
-def in_transformers(model):
-    """The same model in transformers."""
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError:
-        raise ValueError('transformers is not installed: leave it out, --ways=uncached,ours') from None
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=model.wte.weight.dtype).to(model.wte.weight.device)
-
-
-def plain_loss(model, x, y):
-    return torch.nn.functional.cross_entropy(model(x).float().flatten(0, 1), y.flatten())
-
-
-def one_way(way, place, dtype, batch_size, shape):
-    """In a process of its own, since memory once kept is not given back: print the seconds and GiB of a step."""
-    place = torch.device(place)
-    if way.startswith('ours'):
-        pick_device(place.type)  # keeps freed memory
-    torch.set_float32_matmul_precision('high')
-    autocast = nullcontext() if dtype == 'float32' else torch.autocast(place.type, torch.bfloat16)
-    torch.manual_seed(0)
-    model, ours = GPT(GPTConfig(**shape)).to(place), way.startswith('ours')
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=ours, foreach=None if ours else False)
-    idx = torch.randint(0, 50257, (batch_size, shape['block_size'])).to(place)
-    if way.endswith('compiled'):
-        model.compile()
-    for _ in range(3):  # the first makes the optimizer's state, the second finds room beside it
-        synchronize(place)
-        start = time.perf_counter()
-        with autocast:
-            loss = model(idx, idx) if ours else plain_loss(model, idx, idx)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        synchronize(place)
-        seconds = time.perf_counter() - start
-    print(json.dumps({'seconds': seconds, 'gib': memory(place), 'flops': idx.numel() * model.flops_per_token()}))
-
-
-def step():
-    """One training step: plain torch (unfused AdamW, all logits at once) and ours, eager and compiled."""
-    place, here = torch.device(pick_device(device)), str(Path(__file__).parent)
-    shape, ceiling = PUBLISHED[size] | {'arch': arch, 'block_size': block_size}, gemm_rate(place)
-    found = {name: [] for name in pick_ways(place, 'plain,ours,plain compiled,ours compiled')}
-    for name in [name for _ in range(repeats) for name in found]:  # in turn: speed drifts
-        code = f'import sys; sys.path.insert(0, {here!r}); import bench; bench.one_way'
-        code += str((name, str(place), dtype, batch_size, shape))
-        result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-        if result.returncode:
-            raise ValueError(f'{name} did not run: {(result.stderr.strip() or "killed").splitlines()[-1]}')
-        found[name].append(json.loads(result.stdout.splitlines()[-1]))
-        ceiling = max(ceiling, gemm_rate(place))
-    print_machine(place)
-    print(f'{batch_size} x {block_size} tokens a step; matrix products reach {ceiling / 1e12:.3f} TFLOP/s here')
-    print(f'{"":<16}{"ms":>10}{"tokens/s":>12}{"TFLOP/s":>10}{"of ceiling":>12}{"peak GiB":>10}')
-    figures = {}
-    for name, runs in found.items():
-        seconds, gib, flops = (statistics.median(run[key] for run in runs) for key in ('seconds', 'gib', 'flops'))
-        tokens, rate = batch_size * block_size / seconds, flops / seconds
-        ms, share = 1000 * seconds, rate / ceiling
-        figures[name] = {'ms': ms, 'tokens_per_second': tokens, 'flops': rate, 'share': share, 'peak_gib': gib}
-        print(f'{name:<16}{ms:>10,.1f}{tokens:>12,.1f}{rate / 1e12:>10.3f}{share:>12.1%}{gib:>10.2f}')
-    return {'gemm_flops': ceiling, 'ways': figures}
-
-
-def race():
-    """Seconds of training steps until the recipe's validation loss is the baseline's at its end, seed by seed.
-
-    Evaluations are of the whole split, every ten steps of the recipe, and not in the seconds; compilation would be.
-    """
-    for config in (baseline, recipe):
-        if not (Path(config).exists() or (Path(__file__).parent / config).exists()):
-            raise ValueError(f'There is no config file {config}.')
-    here, rows = Path(__file__).parent, []
-    print(f'{recipe} against {baseline} on {dataset}')
-    print(f'{"seed":>4}{"baseline":>20}{"recipe at its end":>22}{"as far after":>16}{"sooner":>10}')
-    for seed in range(1, repeats + 1):
-        ran = []
-        for config in (baseline, recipe):
-            with tempfile.TemporaryDirectory() as folder:
-                path = config if Path(config).exists() else here / config
-                line = [sys.executable, here / 'train.py', path, f'--dataset={dataset}', f'--device={device}']
-                line += [f'--seed={seed}', f'--out_dir={folder}', '--always_save_checkpoint=False']
-                line += [] if config == baseline else ['--eval_interval=10']
-                result = subprocess.run(line, capture_output=True, text=True)
-                if result.returncode:
-                    raise ValueError(f'{config} did not run: {result.stderr.strip()}')
-                log = [json.loads(record) for record in Path(folder, 'log.jsonl').read_text().splitlines()]
-                ran.append([(r['val_loss'], r['train_seconds']) for r in log if r['step'] and 'val_loss' in r])
-        (goal, slow), (end, fast) = ran[0][-1], ran[1][-1]
-        soon = next((seconds for loss, seconds in ran[1] if loss <= goal), math.inf)
-        rows.append({'seed': seed, 'baseline': [goal, slow], 'recipe': [end, fast], 'seconds': soon})
-        cells = f'{goal:.4f} in {slow:.1f} s', f'{end:.4f} in {fast:.1f} s', f'{soon:.1f} s', f'{slow / soon:.2f} x'
-        print('{:>4}{:>20}{:>22}{:>16}{:>10}'.format(seed, *cells), flush=True)
-    ratios = sorted(row['baseline'][1] / row['seconds'] for row in rows)
-    print(f'sooner: median {statistics.median(ratios):.2f} x, from {ratios[0]:.2f} to {ratios[-1]:.2f}')
-    never = {math.inf: None}
-    rows = [row | {'seconds': never.get(row['seconds'], row['seconds'])} for row in rows]
-    return {'seeds': rows, 'median': statistics.median(ratios)}
-
-
-def prepare():
-    """MB/s of prepare.py, and its memory, beside what the cores could do in tiktoken alone.
-
-    The text is synthetic: lines of the bundled Shakespeare at random, in documents of 75 lines, 3 kB, on average.
-    """
-    here, cores = Path(__file__).parent, os.process_cpu_count() if hasattr(os, 'process_cpu_count') else os.cpu_count()
-    rng, lines = random.Random(0), (here / 'corpus' / 'shakespeare.txt').read_text().splitlines(keepends=True)
-    with tempfile.TemporaryDirectory() as folder:
-        with open(Path(folder, 'text.txt'), 'w') as file:
-            while file.tell() < corpus_mb * 10**6:
-                file.writelines([*rng.choices(lines, k=rng.randint(1, 149)), '<|endoftext|>\n'])
-        with open(Path(folder, 'text.txt')) as file:
-            parts = [file.read(2**20) for _ in range(min(32, corpus_mb))]
-        vocabulary = tokenizer.build('bpe', parts, 8192)
-        tokenizer.save(vocabulary, folder)
-
-        def tiktoken_alone(threads):
-            def work(alike, mine):
-                for _ in range(-(-corpus_mb // 32)):  # for as long: cores that work longer may become slower
-                    for part in mine:
-                        alike.encode_to_numpy(part, disallowed_special=())
-
-            alike, start = [tokenizer.copy(vocabulary) for _ in range(threads)], time.perf_counter()
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(work, alike, [parts[i::threads] for i in range(threads)]))
-            return sum(map(len, parts)) * -(-corpus_mb // 32) / 1e6 / (time.perf_counter() - start)
-
-        runs, line = [], [sys.executable, here / 'prepare.py', '--input=text.txt', f'--tokenizer={folder}']
-        for _ in range(repeats):
-            row, peak, start = [tiktoken_alone(1), tiktoken_alone(cores)], 0, time.perf_counter()
-            job = subprocess.Popen([*line, f'--num_proc={cores}'], cwd=folder, stdout=subprocess.DEVNULL)
-            while job.poll() is None:
-                peak = max(peak, peak_of(job.pid))
-                time.sleep(0.1)
-            if job.returncode:
-                raise ValueError('prepare.py did not run.')
-            runs.append([*row, corpus_mb / (time.perf_counter() - start), peak * 2**10])
-    one, many, ours, peak = (statistics.median(column) for column in zip(*runs, strict=True))
-    print(f'{corpus_mb} MB of text, medians of {repeats}')
-    print(f'tiktoken alone, one core     {one:8.1f} MB/s')
-    print(f'tiktoken alone, {cores} cores      {many:8.1f} MB/s, {many / one / cores:.0%} of {cores} x one')
-    share = f'{ours / one / cores:.0%} of {cores} x one, {ours / many:.0%} of these'
-    print(f'prepare.py, {cores} cores          {ours:8.1f} MB/s, {share}\npeak memory                  {peak:8.0f} MiB')
-    return {'tiktoken': one, 'mb_per_second': ours, 'share': ours / one / cores, 'peak_mib': peak, 'runs': runs}
-
-
-def data():
-    """Tokens per second of taking batches of a split of 100 million random tokens in their order, by one thread."""
-    with tempfile.TemporaryFile() as file:
-        np.random.default_rng(0).integers(0, 50257, 10**8, dtype=np.uint16).tofile(file)
-        tokens = np.memmap(file, dtype=np.uint16, mode='r')
-        n_windows, seconds = count_windows(tokens, block_size), []
-        for step in range(200 * repeats):
-            start = time.perf_counter()
-            order = training_order(np.arange(step * batch_size, (step + 1) * batch_size), n_windows, 1)
-            windows(tokens, block_size, order)
-            seconds.append(time.perf_counter() - start)
-    middle, worst = statistics.median(seconds), max(seconds)
-    rate = batch_size * block_size / middle
-    print(f'{batch_size} x {block_size} tokens: {1000 * middle:.3f} ms, at worst {1000 * worst:.1f} ms')
-    print(f'{rate:,.0f} tokens/s')
-    return {'tokens_per_second': rate, 'median_seconds': middle, 'worst_seconds': worst}
-
-
-def gemm_rate(place):
-    """The FLOP/s of large matrix products in the dtype asked for, the best of ten: a ceiling for a step."""
-    n = 8192 if place.type == 'cuda' else 1536
-    a, b = torch.randn(2, n, n, device=place, dtype=getattr(torch, dtype))
-    times = []
-    for _ in range(10):
-        synchronize(place)
-        start = time.perf_counter()
-        a @ b
-        synchronize(place)
-        times.append(time.perf_counter() - start)
-    return 2 * n**3 / min(times)
-
-
-def print_machine(place):
-    name = torch.cuda.get_device_name(place) if place.type == 'cuda' else f'{place}, {torch.get_num_threads()} threads'
+def print_machine(device):
+    name = f'{device}, {torch.get_num_threads()} threads'
+    if device.type == 'cuda':
+        name = torch.cuda.get_device_name(device)
     print(f'{size}, {arch}, {name}, {dtype}, torch {torch.__version__}')
 
 
-def pick_ways(place, known):
-    """The ways asked for, or all of them; without those that are compiled where nothing can be."""
-    names = (ways or known).split(',')
-    if set(names) - set(known.split(',')):
-        raise ValueError(f"ways='{ways}' must be some of {known.replace(',', ', ')}, separated by commas.")
-    compiles = not any('compiled' in name for name in names) or can_compile(place)
-    return [name for name in names if compiles or 'compiled' not in name]
+def run_python(name, *args):
+    """Run a script in a process of its own and return what it printed. name: for an error."""
+    result = subprocess.run([sys.executable, *args], capture_output=True, text=True)
+    if result.returncode != 0:
+        errors = result.stderr.strip().splitlines() or ['killed']
+        raise UserError(f'{name} failed: {errors[-1]}')
+    return result.stdout
 
 
-BENCHMARKS = {'race': race, 'step': step, 'sample': sample, 'prepare': prepare, 'data': data}
+def seconds_of(device, function, *args):
+    """Return the seconds that a device takes for function(*args)."""
+    synchronize(device)
+    start = time.perf_counter()
+    function(*args)
+    synchronize(device)
+    return time.perf_counter() - start
 
-if __name__ == '__main__':
-    _names = [_arg for _arg in sys.argv[1:2] if _arg in BENCHMARKS or _arg in ('-h', '--help')]
-    if not _names:
-        sys.exit(f'Say what to measure: python bench.py {"|".join(BENCHMARKS)}')
-    configure(globals(), sys.argv[1:] if '-' in _names[0] else sys.argv[2:])
-    with errors_in_one_sentence():
-        check(globals(), 1, 10**6, 'repeats prompt_tokens batch_size block_size corpus_mb')
-        if size not in PUBLISHED:
-            raise ValueError(f"size='{size}' must be one of {', '.join(PUBLISHED)}.")
-        if dtype not in ('float32', 'bfloat16'):
-            raise ValueError(f"dtype='{dtype}' must be 'float32' or 'bfloat16'.")
-        figures = BENCHMARKS[_names[0]]()
-        if json_file:
-            Path(json_file).write_text(json.dumps(figures, indent=1) + '\n')
+
+def medians(rows):
+    """Return the median of each column."""
+    return [statistics.median(column) for column in zip(*rows, strict=True)]
+
+
+# -----------------------------------------------------------------------------
+# race
+
+
+def bench_race():
+    """Measure the seconds of training until a recipe has the final validation loss of a baseline.
+
+    Evaluations are of the whole split, every ten steps of the recipe, and their time does not
+    count; that of compiling would.
+    """
+    baseline_path = find_config(baseline)
+    recipe_path = find_config(recipe)
+    print(f'{recipe} against {baseline} on {dataset}')
+    print_race_row('', 'baseline:', 'recipe:', 'time to', '')
+    print_race_row('seed', 'final loss, time', 'final loss, time', "baseline's loss", 'speedup')
+    rows = []
+    for seed in range(1, repeats + 1):
+        target, baseline_seconds = train(baseline_path, seed)[-1]
+        recipe_evals = train(recipe_path, seed, '--eval_interval=10')
+        final_loss, recipe_seconds = recipe_evals[-1]
+        reached = [seconds for loss, seconds in recipe_evals if loss <= target]
+        seconds = reached[0] if reached else math.inf
+        speedup = baseline_seconds / seconds
+        rows.append({  # JSON has no infinity
+            'seed': seed, 'speedup': speedup, 'seconds': seconds if reached else None,
+            'baseline': [target, baseline_seconds], 'recipe': [final_loss, recipe_seconds],
+        })  # fmt: skip
+        baseline_end = f'{target:.4f} in {baseline_seconds:.1f} s'
+        recipe_end = f'{final_loss:.4f} in {recipe_seconds:.1f} s'
+        print_race_row(seed, baseline_end, recipe_end, f'{seconds:.1f} s', f'{speedup:.2f} x')
+    speedups = sorted(row['speedup'] for row in rows)
+    median = statistics.median(speedups)
+    print(f'speedup: median {median:.2f} x, from {speedups[0]:.2f} to {speedups[-1]:.2f}')
+    return {'seeds': rows, 'median': median}
+
+
+def print_race_row(seed, baseline, recipe, seconds, speedup):
+    print(f'{seed:>4}{baseline:>20}{recipe:>20}{seconds:>18}{speedup:>12}', flush=True)
+
+
+def find_config(name):
+    """Return the path of a config file in the working directory or, if not there, beside this."""
+    for path in (Path(name), ROOT / name):
+        if path.exists():
+            return path
+    raise UserError(f'There is no config file {name}.')
+
+
+def train(config, seed, *flags):
+    """Train with a config file. Returns [(validation loss, seconds of training)], in order."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags += (f'--dataset={dataset}', f'--device={device}', f'--seed={seed}')
+        flags += (f'--out_dir={folder}', '--always_save_checkpoint=False')
+        run_python(config, ROOT / 'train.py', config, *flags)
+        records = report.read_log(folder)
+    evals = [record for record in records if 'val_loss' in record and record['step'] > 0]
+    return [(record['val_loss'], record['train_seconds']) for record in evals]
+
+
+# -----------------------------------------------------------------------------
+# step
+
+
+def bench_step():
+    """Measure one training step, eager and compiled, of plain torch and ours.
+
+    Plain torch has an unfused AdamW and all logits at once.
+    """
+    torch_device = torch.device(pick_device(device))
+    names = pick_variants(torch_device, ['plain', 'ours', 'plain compiled', 'ours compiled'])
+    shape = PUBLISHED[size] | {'arch': arch, 'block_size': block_size}
+    ceiling = matmul_flops(torch_device)
+    results = {name: [] for name in names}
+    for _ in range(repeats):
+        for name in names:  # in turns, since a machine's speed drifts
+            # Each in a process of its own, since a process keeps memory that it has had.
+            arguments = json.dumps([name, str(torch_device), dtype, batch_size, shape])
+            printed = run_python(name, __file__, 'measure_step', arguments)
+            results[name].append(json.loads(printed.splitlines()[-1]))
+            ceiling = max(ceiling, matmul_flops(torch_device))
+
+    print_machine(torch_device)
+    matmul = f'matrix products reach {ceiling / 1e12:.3f} TFLOP/s here'
+    print(f'{batch_size} x {block_size} tokens per step; {matmul}')
+    print(f'{"":16}{"ms":>10}{"tokens/s":>12}{"TFLOP/s":>10}{"of ceiling":>12}{"peak GiB":>10}')
+    figures = {}
+    for name in names:
+        seconds, gib, flops = medians(results[name])
+        ms = 1000 * seconds
+        rate = batch_size * block_size / seconds
+        speed = flops / seconds
+        share = speed / ceiling
+        print(f'{name:16}{ms:>10,.1f}{rate:>12,.1f}{speed / 1e12:>10.3f}{share:>12.1%}{gib:>10.2f}')
+        figures[name] = {
+            'ms': ms, 'tokens_per_second': rate, 'flops': speed, 'share': share, 'peak_gib': gib,
+        }  # fmt: skip
+    return {'gemm_flops': ceiling, 'variants': figures}
+
+
+def measure_step(variant, device, dtype, batch_size, shape):
+    """Return the seconds, peak memory and operations of the third step of a variant."""
+    device = torch.device(device)
+    is_ours = variant.startswith('ours')
+    if is_ours and device.type == 'cpu':
+        runtime.keep_freed_memory()
+    torch.set_float32_matmul_precision('high')
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**shape)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=is_ours, foreach=False)
+    idx = torch.randint(0, 50257, (batch_size, shape['block_size'])).to(device)
+    if variant.endswith('compiled'):
+        model.compile()
+
+    def step():
+        with runtime.make_autocast(device, dtype):
+            loss = model(idx, idx) if is_ours else plain_loss(model, idx, idx)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    # The first step creates the optimizer's state, the second finds memory beside it.
+    step()
+    step()
+    seconds = seconds_of(device, step)
+    return seconds, runtime.peak_memory_gib(device), idx.numel() * model.flops_per_token()
+
+
+def plain_loss(model, x, y):
+    return F.cross_entropy(model(x).float().flatten(0, 1), y.flatten())
+
+
+def matmul_flops(device):
+    """Measure the FLOP/s of large matrix products, the best of ten: the ceiling for a step."""
+    n = 8192 if device.type == 'cuda' else 1536
+    a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, dtype))
+    return 2 * n**3 / min(seconds_of(device, torch.matmul, a, b) for _ in range(10))
+
+
+# -----------------------------------------------------------------------------
+# sample
+
+
+def bench_sample():
+    """Measure generating 64 and 256 tokens greedily: with a KV cache, without, transformers'."""
+    torch_device = torch.device(pick_device(device))
+    names = pick_variants(torch_device, ['uncached', 'ours', 'compiled', 'transformers'])
+    generate = {name: make_generator(name, torch_device) for name in names}
+    idx = torch.randint(0, 50257, (1, prompt_tokens), device=torch_device)
+    rates = {(name, n): [] for name in names for n in (64, 256)}
+    with torch.inference_mode():
+        for name, n in rates:
+            n_warmup = n if name == 'compiled' else 8  # it is compiled for each length
+            generate[name](idx, n_warmup)
+        for _ in range(repeats):
+            for name, n in rates:  # in turns, since a machine's speed drifts
+                rates[name, n].append(n / seconds_of(torch_device, generate[name], idx, n))
+
+    figures = {f'{name} {n}': statistics.median(values) for (name, n), values in rates.items()}
+    print_machine(torch_device)
+    print(f'{"tokens/s for":16}{"64 tokens":>12}{"256 tokens":>12}')
+    for name in names:
+        print(f'{name:16}{figures[f"{name} 64"]:>12.1f}{figures[f"{name} 256"]:>12.1f}')
+    peak = runtime.peak_memory_gib(torch_device)
+    print(f'peak memory of the process: {peak:.2f} GiB')
+    return {'tokens_per_second': figures, 'peak_gib': peak}
+
+
+def make_generator(name, device):
+    """Return a variant as a function (idx, n) -> tokens, with a model of its own."""
+    torch.manual_seed(0)  # the same weights in all variants
+    model = GPT(GPTConfig(arch=arch, **PUBLISHED[size]))
+    model = model.to(device, getattr(torch, dtype)).eval()
+    if name == 'transformers':
+        generate = to_transformers(model).generate
+        return lambda idx, n: generate(idx, max_new_tokens=n, min_new_tokens=n, do_sample=False)
+    if name == 'uncached':
+        return lambda idx, n: generate_uncached(model, idx, n)
+
+    is_compiled = name == 'compiled'
+    if device.type == 'cpu':  # as sample.py does
+        prepare_for_cpu = fast_cpu_decode if is_compiled else to_column_major
+        prepare_for_cpu(model)
+    return lambda idx, n: list(model.generate(idx, n, temperature=0, compile=is_compiled))
+
+
+def generate_uncached(model, idx, n):
+    """Generate each token from the whole window, computed anew."""
+    for _ in range(n):
+        logits = model.next_logits(idx[:, -model.config.block_size :])
+        idx = torch.cat((idx, logits.argmax(-1, keepdim=True)), 1)
+    return idx
+
+
+def to_transformers(model):
+    """Return the same model in transformers."""
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise UserError('transformers is not installed: use --variants=uncached,ours') from None
+    weight = model.wte.weight
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=weight.dtype)
+    return theirs.to(weight.device)
+
+
+# -----------------------------------------------------------------------------
+# prepare
+
+
+def bench_prepare():
+    """Measure the MB/s of prepare.py, and its memory, beside those of tiktoken alone."""
+    count_cores = getattr(os, 'process_cpu_count', os.cpu_count)  # Python 3.13 has the former
+    cores = count_cores()
+    runs = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, 'text.txt')
+        write_text(path)
+        with open(path) as file:
+            parts = [file.read(2**20) for _ in range(min(32, corpus_mb))]
+        vocabulary = tokenizer.build('bpe', parts, 8192)
+        tokenizer.save(vocabulary, folder)
+        for _ in range(repeats):
+            rates = [tiktoken_rate(vocabulary, parts, n_threads) for n_threads in (1, cores)]
+            runs.append([*rates, *run_prepare(folder, cores)])
+
+    one_core, all_cores, rate, peak_mib = medians(runs)
+    ideal = cores * one_core
+    share = rate / ideal
+    shares = f'{share:.0%} of {cores} x one, {rate / all_cores:.0%} of these'
+    print(f'{corpus_mb} MB of text, medians of {repeats}')
+    print(f'tiktoken alone, one core     {one_core:8.1f} MB/s')
+    print(f'tiktoken alone, {cores} cores      {all_cores:8.1f} MB/s, ', end='')
+    print(f'{all_cores / ideal:.0%} of {cores} x one')
+    print(f'prepare.py, {cores} cores          {rate:8.1f} MB/s, {shares}')
+    print(f'peak memory                  {peak_mib:8.0f} MiB')
+    figures = {'tiktoken': one_core, 'mb_per_second': rate, 'share': share, 'peak_mib': peak_mib}
+    return figures | {'runs': runs}
+
+
+def write_text(path):
+    """Write corpus_mb of random lines of Shakespeare, in documents of 75 lines on average, 3 kB."""
+    rng = random.Random(0)
+    lines = (ROOT / 'corpus' / 'shakespeare.txt').read_text().splitlines(keepends=True)
+    with open(path, 'w') as file:
+        while file.tell() < corpus_mb * 10**6:
+            file.writelines(rng.choices(lines, k=rng.randint(1, 149)))
+            file.write('<|endoftext|>\n')
+
+
+def tiktoken_rate(vocabulary, parts, n_threads):
+    """Measure the MB/s of n_threads that encode parts of a text with tiktoken, and do nothing else.
+
+    They take about as long as prepare.py: cores that work longer may become slower.
+    """
+
+    def encode(encoding, own_parts):
+        for part in own_parts:
+            encoding.encode_to_numpy(part, disallowed_special=())
+
+    rounds = math.ceil(corpus_mb / 32)
+    encodings = [tokenizer.copy(vocabulary) for _ in range(n_threads)]
+    shares = [rounds * parts[i::n_threads] for i in range(n_threads)]
+    start = time.perf_counter()
+    with ThreadPoolExecutor(n_threads) as pool:
+        list(pool.map(encode, encodings, shares))
+    seconds = time.perf_counter() - start
+    return rounds * sum(map(len, parts)) / 1e6 / seconds
+
+
+def run_prepare(folder, cores):
+    """Run prepare.py on text.txt. Returns its MB/s and the peak of its memory in MiB."""
+    line = [sys.executable, ROOT / 'prepare.py', '--input=text.txt']
+    line += [f'--tokenizer={folder}', f'--num_proc={cores}']
+    peak_gib = 0
+    start = time.perf_counter()
+    job = subprocess.Popen(line, cwd=folder, stdout=subprocess.DEVNULL)
+    while job.poll() is None:
+        peak_gib = max(peak_gib, runtime.process_peak_gib(job.pid))
+        time.sleep(0.1)
+    seconds = time.perf_counter() - start
+    if job.returncode != 0:
+        raise UserError('prepare.py failed.')
+    return corpus_mb / seconds, peak_gib * 2**10
+
+
+# -----------------------------------------------------------------------------
+# data
+
+
+def bench_data():
+    """Measure reading batches in their order, from 100 million random tokens, in one thread."""
+
+    def read_batch(step):
+        window_ids = training_order(step * batch_size, batch_size, n_windows, seed=1)
+        get_batch(tokens, block_size, window_ids)
+
+    with tempfile.TemporaryFile() as file:
+        np.random.default_rng(0).integers(0, 50257, 10**8, dtype=np.uint16).tofile(file)
+        tokens = np.memmap(file, dtype=np.uint16, mode='r')
+        n_windows = count_windows(tokens, block_size)
+        seconds = [seconds_of('cpu', read_batch, step) for step in range(200 * repeats)]
+    median = statistics.median(seconds)
+    worst = max(seconds)
+    rate = batch_size * block_size / median
+    print(f'{batch_size} x {block_size} tokens: {1000 * median:.3f} ms, ', end='')
+    print(f'at worst {1000 * worst:.1f} ms\n{rate:,.0f} tokens/s')
+    return {'tokens_per_second': rate, 'median_seconds': median, 'worst_seconds': worst}
+
+
+# -----------------------------------------------------------------------------
+# run the benchmark that the command line names first
+
+BENCHMARKS = {
+    'race': bench_race, 'step': bench_step, 'sample': bench_sample, 'prepare': bench_prepare,
+    'data': bench_data,
+}  # fmt: skip
+
+_args = sys.argv[1:]
+if _args[:1] == ['measure_step']:  # this is a subprocess of `bench.py step`
+    print(json.dumps(measure_step(*json.loads(_args[1]))))
+    sys.exit()
+if '--help' in _args or '-h' in _args:
+    configure(globals(), ['--help'])
+if not _args or _args[0] not in BENCHMARKS:
+    sys.exit(f'Say what to measure: python bench.py {"|".join(BENCHMARKS)}')
+
+configure(globals(), _args[1:])
+check_range(globals(), 1, 10**6, 'repeats prompt_tokens batch_size block_size corpus_mb')
+figures = BENCHMARKS[_args[0]]()
+if json_file:
+    Path(json_file).write_text(json.dumps(figures, indent=1) + '\n')

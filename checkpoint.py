@@ -2,12 +2,14 @@
 
     config.json, model.safetensors    the model, as `transformers` opens it
     tokenizer.json, tokenizer_config.json
-    train_state.pt                    optimizer, scaler and position; read with weights_only=True
-    meta.json                         step, losses, the run's knobs, versions; size and checksum of the files above
+    train_state.pt                    progress, optimizer and scaler; read with weights_only=True
+    meta.json                         step, loss, the run's knobs, torch's version; size and
+                                      checksum of the files above
 
-A checkpoint is written under a temporary name, flushed to disk and then renamed; what has no final name is not a
-checkpoint. The newest ones and the one with the lowest validation loss stay, the others go. A light copy,
-out_dir/weights_00002000/, is the same without train_state.pt, and stays.
+A checkpoint is written under a temporary name, flushed to disk and then renamed; what has no final
+name is not a checkpoint. The newest ones and the one with the lowest validation loss are kept, the
+others deleted. A weights-only checkpoint, out_dir/weights_00002000/, is the same without
+train_state.pt, and is never deleted.
 """
 
 import contextlib
@@ -18,81 +20,121 @@ import os
 import re
 import shutil
 import sys
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+
+from model import GPTConfig, read_config
+from runtime import UserError
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-_locks = []
+_locks = []  # open files: closing one would give its lock up
+
+
+@dataclass
+class Progress:
+    """How far a run has come. Everything random in a step is a function of this and the seed."""
+
+    step: int = 0  # optimizer updates so far, skipped ones included
+    windows_seen: int = 0  # the position in the order of the data, see data.py
+    train_seconds: float = 0.0  # spent in training steps, not in evaluating or saving
+    best_val_loss: float = math.inf  # the lowest so far
+    best_step: int = 0  # its step
+    evals_since_best: int = 0  # evaluations after it, for early stopping
+    last_eval_step: int = -1  # the step of the last evaluation
+    skipped_steps: int = 0  # steps whose loss or gradient was not finite
+    skipped_in_a_row: int = 0  # the length of the present streak of them
+
+
+@dataclass
+class SavedRun:
+    """The last checkpoint of a run, with what is needed to resume it."""
+
+    path: Path
+    meta: dict  # its meta.json
+    progress: Progress
+    optimizer: dict  # see parallel.restore_optimizers
+    scaler: dict  # the state of the gradient scaler; empty if there was none
+    changed: dict  # {knob: (its value then, its value now)}
+
+
+# -----------------------------------------------------------------------------
+# save
 
 
 def save(out_dir, model, dataset, meta, state=None, keep_last=1):
-    """Write the checkpoint of meta['step'] and delete those no longer kept. Returns its path.
+    """Save the checkpoint of meta['step'], delete those no longer kept, and return its path.
 
-    meta: what a person may want to read, JSON. state: what only training needs, tensors and plain values; None makes
-    it a light copy. Raises OSError when it cannot be written; the checkpoints before it are then untouched.
+    meta: what a person may want to read, JSON. state: what only training needs, tensors and plain
+    values; None makes it a weights-only checkpoint. Raises OSError when it cannot be written; the
+    checkpoints before it are then untouched.
     """
-    path = Path(out_dir) / f'{"weights" if state is None else "step"}_{meta["step"]:08d}'
-    for left_behind in path.parent.glob('.[sw]*_*.tmp'):  # by a process that was killed
-        shutil.rmtree(left_behind)
+    kind = 'weights' if state is None else 'step'
+    path = Path(out_dir) / f'{kind}_{meta["step"]:08d}'
     temporary = path.with_name(f'.{path.name}.tmp')
+    for leftover in path.parent.glob('.[sw]*_*.tmp'):  # of a process that was killed
+        shutil.rmtree(leftover)
     try:
-        temporary.mkdir(parents=True)
-        model.save_pretrained(temporary, end_of_text=dataset.end_of_text)
-        for file in ('tokenizer.json', 'tokenizer_config.json'):
-            shutil.copyfile(Path(dataset.folder) / file, temporary / file)
-        if state is not None:
-            torch.save(state, temporary / 'train_state.pt')
-        files = {file.name: checksum(file) for file in sorted(temporary.iterdir())}
-        (temporary / 'meta.json').write_text(json.dumps(meta | {'files': files}, indent=1) + '\n')
-        for file in (*temporary.iterdir(), temporary):
-            flush(file)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+        write_files(temporary, model, dataset, meta, state)
+    # torch and safetensors have their own errors for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f'{path} could not be saved: {str(error).splitlines()[0]}') from None
-    before = path.with_name(f'.{path.name}.old')
-    if path.exists():
-        os.rename(path, before)
-    os.rename(temporary, path)
-    flush(path.parent)
-    shutil.rmtree(before, ignore_errors=True)
+    publish(temporary, path)
     if state is not None:
-        found = checkpoints(out_dir)
-        for old in set(found) - {*found[-keep_last:], by_loss(found)[-1], path}:
-            with contextlib.suppress(OSError):  # it is in the way of nothing
-                shutil.rmtree(old.rename(old.with_name(f'.{old.name}.tmp')))
+        delete_old(out_dir, path, keep_last)
     return path
 
 
-def own(out_dir):
-    """Make a folder this process's alone to write to, for as long as it lives. Raises ValueError if it is another's.
+def write_files(folder, model, dataset, meta, state):
+    """Write all files of a checkpoint into a new folder, and wait until they are on the disk."""
+    folder.mkdir(parents=True)
+    model.save_pretrained(folder, end_of_text=dataset.end_of_text)
+    for name in ('tokenizer.json', 'tokenizer_config.json'):
+        shutil.copyfile(Path(dataset.folder) / name, folder / name)
+    if state is not None:
+        torch.save(state, folder / 'train_state.pt')
 
-    A checkpoint that was being replaced by another of the same step when the process was killed gets its name back.
+    # meta.json comes last, since it has the checksums of all the others.
+    files = {file.name: checksum(file) for file in sorted(folder.iterdir())}
+    (folder / 'meta.json').write_text(json.dumps(meta | {'files': files}, indent=1) + '\n')
+
+    # A rename may reach the disk before the contents do. Flushed first, they are there when it is.
+    for path in (*folder.iterdir(), folder):
+        flush(path)
+
+
+def publish(temporary, path):
+    """Rename a complete folder to its final name, in place of an older one of the same step.
+
+    Killed in between, the older one is there as .NAME.old, and lock_folder() renames it back.
     """
-    out_dir = Path(out_dir)
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f'out_dir={out_dir} cannot be made ({error.strerror}): choose another one.') from None
-    if fcntl is not None:
-        lock = open(out_dir / '.lock', 'w')  # noqa: SIM115  closing it would give the lock up
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f'Another run is writing to {out_dir}: wait for it, or use another --out_dir.') from None
-        _locks.append(lock)
-    for before in out_dir.glob('.[sw]*_*.old'):
-        path = before.with_name(before.name.removeprefix('.').removesuffix('.old'))
-        shutil.rmtree(before) if path.exists() else before.rename(path)
+    replaced = path.with_name(f'.{path.name}.old')
+    if path.exists():
+        os.rename(path, replaced)
+    os.rename(temporary, path)
+    flush(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def delete_old(out_dir, new, keep_last):
+    """Delete all checkpoints but the newest `keep_last`, the best, and the one just saved."""
+    found = checkpoints(out_dir)
+    kept = {*found[-keep_last:], sort_by_loss(found)[-1], new}
+    for path in [path for path in found if path not in kept]:
+        # Renamed first, so that none is ever there in part. One that stays does no harm.
+        with contextlib.suppress(OSError):
+            shutil.rmtree(path.rename(path.with_name(f'.{path.name}.tmp')))
 
 
 def flush(path):
-    """Have a file's bytes, or a folder's entries, on the disk when this returns. Windows has no such thing."""
+    """Wait until a file's bytes, or a folder's entries, are on the disk. Windows has no fsync."""
     if os.name == 'nt':
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -103,24 +145,62 @@ def flush(path):
 
 
 def checksum(path):
-    """[bytes, SHA-256] of a file."""
+    """Return [size in bytes, SHA-256] of a file."""
     with open(path, 'rb') as file:
-        return [os.path.getsize(path), hashlib.file_digest(file, 'sha256').hexdigest()]
+        digest = hashlib.file_digest(file, 'sha256')
+    return [os.path.getsize(path), digest.hexdigest()]
+
+
+def lock_folder(out_dir):
+    """Make a folder writable by this process only, for as long as it lives.
+
+    A checkpoint that was being replaced by another of the same step when the process was killed
+    gets its name back. Raises UserError when another process has the folder.
+    """
+    out_dir = Path(out_dir)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = error.strerror
+        raise UserError(f'out_dir={out_dir} cannot be made ({why}): choose another one.') from None
+
+    if fcntl is not None:
+        lock = open(out_dir / '.lock', 'w')  # noqa: SIM115
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f'Another run writes to {out_dir}: wait, or use another one.') from None
+        _locks.append(lock)
+
+    for replaced in out_dir.glob('.[sw]*_*.old'):
+        path = replaced.with_name(replaced.name.removeprefix('.').removesuffix('.old'))
+        if path.exists():  # the new one had got its name already
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(path)
+
+
+# -----------------------------------------------------------------------------
+# find
 
 
 def checkpoints(out_dir, kind='step'):
-    """The complete checkpoints of a run, or with kind='weights' its light copies; oldest first."""
-    found = [path for path in Path(out_dir).glob(f'{kind}_*') if re.fullmatch(rf'{kind}_\d{{8,}}', path.name)]
+    """List the complete checkpoints of a run, oldest first; 'weights': the weights-only ones."""
+    name = re.compile(rf'{kind}_\d{{8,}}')
+    found = [path for path in Path(out_dir).glob(f'{kind}_*') if name.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.partition('_')[2]))
 
 
-def by_loss(paths, damaged=math.inf):
-    """Checkpoints from the highest validation loss to the lowest. None is infinite, an unreadable one as given."""
+def sort_by_loss(paths, damaged=math.inf):
+    """Sort checkpoints from the highest validation loss to the lowest.
+
+    One that was not evaluated counts as infinite, one whose meta.json is damaged as given.
+    """
 
     def loss(path):
         try:
             val_loss = read_meta(path)['val_loss']
-        except ValueError:
+        except UserError:
             return damaged
         return math.inf if val_loss is None else val_loss
 
@@ -128,62 +208,125 @@ def by_loss(paths, damaged=math.inf):
 
 
 def find(out_dir, which, training=False):
-    """The 'last' checkpoint of a run, or its 'best'. A damaged one is reported and the next taken instead.
+    """Return the 'last' checkpoint of a run, or its 'best'. A damaged one is reported and skipped.
 
-    training: whether train_state.pt is needed. Raises FileNotFoundError when there is none, ValueError when all are
-    damaged, OSError when one cannot be read.
+    training: whether train_state.pt is needed. Raises UserError when there is no checkpoint, or
+    all are damaged, and OSError when one cannot be read.
     """
     found = checkpoints(out_dir)
     if not found:
-        raise FileNotFoundError(f'{out_dir} has no checkpoint. Train one with: python train.py --out_dir={out_dir}')
-    for path in reversed(found if which == 'last' else by_loss(found, damaged=-math.inf)):
+        how = f'python train.py --out_dir={out_dir}'
+        raise UserError(f'{out_dir} has no checkpoint. Train one with: {how}')
+    if which == 'best':
+        found = sort_by_loss(found, damaged=-math.inf)  # a damaged one is tried first: reported
+    for path in reversed(found):
         try:
-            for name, expected in read_meta(path)['files'].items():
-                with damage_explained(path, name):
-                    if (training or name != 'train_state.pt') and checksum(path / name) != expected:
-                        raise ValueError('changed')
+            check_files(path, training)
             return path
-        except ValueError as error:
-            print(f'{error}: it is passed over.', file=sys.stderr)
-    raise ValueError(f'No checkpoint in {out_dir} can be used. To start anew, move that folder away.')
+        except UserError as error:
+            print(f'{error}: it is skipped.', file=sys.stderr)
+    raise UserError(f'No checkpoint in {out_dir} can be used. To start over, move it away.')
 
 
-def set_aside(path):
-    """Rename the damaged checkpoints after this one, step_* to damaged_step_*, so that nothing takes them for newer."""
+def check_files(path, training):
+    """Raise UserError unless a checkpoint's files have the checksums that its meta.json says."""
+    for name, expected in read_meta(path)['files'].items():
+        if name == 'train_state.pt' and not training:
+            continue
+        with damage_explained(path, name):
+            if checksum(path / name) != expected:
+                raise ValueError('changed')
+
+
+def quarantine_after(path):
+    """Rename the damaged checkpoints after this one, step_* to damaged_step_*.
+
+    Otherwise they would be the newest ones, and the run that resumes from this one would delete
+    its own checkpoints before them.
+    """
     found = checkpoints(path.parent)
     for later in found[found.index(path) + 1 :]:
-        aside = later.with_name(f'damaged_{later.name}')
-        shutil.rmtree(aside, ignore_errors=True)
-        later.rename(aside)
+        damaged = later.with_name(f'damaged_{later.name}')
+        shutil.rmtree(damaged, ignore_errors=True)
+        later.rename(damaged)
+
+
+# -----------------------------------------------------------------------------
+# load
+
+
+def load_run(out_dir, config, data):
+    """Load the last checkpoint of a run, to resume it with these knobs and this Dataset.
+
+    Raises UserError where they are for another model, optimizer or text than the checkpoint's.
+    """
+    path = find(out_dir, 'last', training=True)
+    check_shape(path, out_dir, config)
+    meta = read_meta(path)
+    knobs = meta['config']
+    optimizer = knobs.get('optimizer')
+    if optimizer != config['optimizer']:
+        raise UserError(f"{path} was trained with optimizer='{optimizer}': resume it with this.")
+    if meta['data'] != data.fingerprint():
+        how = 'prepare the same text again, or start a new run'
+        raise UserError(f'{data.folder} has changed since {path} was saved: {how}.')
+
+    ignored = ('init_from', 'out_dir', 'eval_only')
+    pairs = {name: (knobs.get(name), now) for name, now in config.items() if name not in ignored}
+    changed = {name: (before, now) for name, (before, now) in pairs.items() if before != now}
+    with damage_explained(path, 'train_state.pt'):  # nothing in the file is executed
+        state = torch.load(path / 'train_state.pt', map_location='cpu', weights_only=True)
+        progress = Progress(**state['progress'])
+        return SavedRun(path, meta, progress, state['optimizer'], state['scaler'], changed)
+
+
+def check_shape(path, out_dir, config):
+    """Raise UserError unless the knobs describe the model of a checkpoint.
+
+    Compared are the fields of GPTConfig that are knobs, except dropout, which may change.
+    """
+    saved = read_config(path)
+    comparable = config.keys() - {'dropout'}
+    names = [field.name for field in fields(GPTConfig) if field.name in comparable]
+    asked = {name: config[name] for name in names}
+    # What is not asked for may stay as it is. Another architecture starts from its own defaults,
+    # and gpt2's head_dim is always n_embd / n_head.
+    base = saved if config['arch'] == saved.arch else GPTConfig(arch=config['arch'])
+    if asked.get('head_dim') is None:
+        asked['head_dim'] = None if config['arch'] == 'gpt2' else saved.head_dim
+    requested = replace(base, **asked)
+
+    different = [name for name in names if getattr(saved, name) != getattr(requested, name)]
+    if different:
+        shape = ', '.join(f'{name}={getattr(saved, name)!r}' for name in different)
+        how = f'resume with python train.py {out_dir}/config.py --init_from=resume'
+        raise UserError(f'{path} has {shape}, this command asks for another model: {how}')
 
 
 def read_meta(path):
-    """A checkpoint's meta.json. Raises ValueError when it is damaged."""
+    """Read a checkpoint's meta.json. Raises UserError when it is damaged."""
     with damage_explained(path, 'meta.json'):
         meta = json.loads((path / 'meta.json').read_text())
-        files, loss = set(meta['files']), meta['val_loss']
-        if not {'config.json', 'model.safetensors', 'train_state.pt'} <= files or '/' in ''.join(files):
-            raise ValueError(f'the files cannot be {files}')
-        if meta['config']['init_from'] is None or not (loss is None or math.isfinite(loss)):
-            raise ValueError(f'the loss cannot be {loss}')
-        return meta
-
-
-def load_state(path):
-    """What save() was given as state. Raises ValueError when it is damaged; nothing in the file is executed."""
-    with damage_explained(path, 'train_state.pt'):
-        state = torch.load(path / 'train_state.pt', map_location='cpu', weights_only=True)
-        return {key: state[key] for key in ('state', 'optimizer', 'scaler')}
+        loss = meta['val_loss']
+        is_complete = {'config.json', 'model.safetensors', 'train_state.pt'} <= set(meta['files'])
+        is_inside = not any('/' in name for name in meta['files'])
+        is_evaluation = loss is None or math.isfinite(loss)
+        has_origin = meta['config']['init_from'] is not None
+        if not (is_complete and is_inside and is_evaluation and has_origin):
+            raise ValueError('changed')
+    return meta
 
 
 @contextlib.contextmanager
 def damage_explained(path, name):
+    """Turn the errors of reading a damaged file into UserError; others are not the file's fault."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
+        return
+    except FileNotFoundError:
+        problem = 'is missing'
+    except (OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a damaged file makes its reader raise
-        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-            raise
-        reason = 'is missing' if isinstance(error, FileNotFoundError) else 'is not what was written'
-        raise ValueError(f'The checkpoint {path} is damaged: its {name} {reason} ({type(error).__name__})') from None
+        problem = f'is not what was written ({type(error).__name__})'
+    raise UserError(f'The checkpoint {path} is damaged: its {name} {problem}')

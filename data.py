@@ -1,13 +1,15 @@
 """From the files of a dataset to batches: the only place that knows the order of the data.
 
-A split is one long row of token ids, cut into windows of T = block_size: window i predicts the tokens i·T + 1 to
-(i + 1)·T, each from those before it in the window. So every token but the first is the target of exactly one
-window. The last window may be shorter; it is padded to the right with targets of IGNORE. With a stride below T, for
-training, window i starts at i·stride instead, and a token is the target of several.
+A split is one long row of token ids, cut into windows of T = block_size: window i predicts the
+tokens i·T + 1 to (i + 1)·T, each from those before it in the window. So every token but the first
+is the target of exactly one window. The last window may be shorter; it is padded on the right, with
+targets of IGNORE. With a stride below T, for training, window i starts at i·stride instead, and a
+token is the target of several windows.
 
-Training takes the windows in a new order each epoch. That order is a function of (seed, epoch), and a position in
-it is one integer that counts windows since the start of the run: nothing else has to be saved to resume, and the
-way a step is divided into micro-batches or over processes cannot change what it sees.
+Training takes the windows in a new order each epoch. That order is a function of (seed, epoch), and
+a position in it is one integer that counts the windows since the start of the run. Nothing else has
+to be saved to resume, and how a step is divided into micro-batches or over processes cannot change
+what it sees.
 """
 
 import hashlib
@@ -18,144 +20,257 @@ import tempfile
 import numpy as np
 import torch
 
-from tokenizer import build, load, save
+import tokenizer as tokenizers
+from model import IGNORE, PUBLISHED
+from runtime import UserError
 
-IGNORE = -1  # the target of a position that does not count
+ROUNDS = 6  # of the network that shuffles
+FILES = ('train.bin', 'val.bin', 'meta.json', 'tokenizer.json', 'tokenizer_config.json')
+
+# -----------------------------------------------------------------------------
+# a prepared dataset
 
 
 class Dataset:
-    """A prepared dataset, `data/NAME/`; nanoGPT's own is taken over as it is.
+    """A prepared dataset, `data/NAME/`, or nanoGPT's train.bin and val.bin as they are.
 
-    meta: what prepare.py wrote in meta.json. tokenizer: a tiktoken.Encoding. train, val: memory-mapped ids.
-    verify: compare the checksums too, which reads the whole files.
-    Raises FileNotFoundError, or ValueError for files that do not fit together.
+    train, val: memory-mapped token ids. tokenizer: a tiktoken.Encoding. meta: what prepare.py wrote
+    in meta.json. verify: compare the checksums, too, which reads all of the files.
+    Raises UserError for files that are missing or do not fit together.
     """
 
     def __init__(self, name, root='data', verify=False):
-        self.name, self.folder = name, os.path.join(root, name)
-        how = 'python prepare.py' + ('' if name == 'shakespeare' else f' --input=YOUR_TEXT --name={name}')
-        there = os.listdir(self.folder) if os.path.isdir(self.folder) else ()
-        if {'train.bin', 'val.bin'} <= set(there) and 'meta.json' not in there:
-            if 'meta.pkl' in there:
-                raise ValueError(f"{self.folder} has nanoGPT's meta.pkl, which is not read. Make it again with: {how}")
-            there = adopt(self.folder)
-        for file in ('train.bin', 'val.bin', 'meta.json', 'tokenizer.json', 'tokenizer_config.json'):
-            if file not in there:
-                raise FileNotFoundError(f'{self.folder} has no {file}. Make it with: {how}')
-        try:
-            with open(os.path.join(self.folder, 'meta.json'), encoding='utf-8') as file:
-                self.meta = json.load(file)
-            self.tokenizer = load(self.folder)
-            self.vocab_size, self.end_of_text = int(self.meta['vocab_size']), self.meta['end_of_text']
-            self.kind = self.meta['tokenizer']
-            self.train, self.val = self._tokens('train', verify), self._tokens('val', verify)
-            if self.tokenizer.n_vocab != self.vocab_size:
-                raise ValueError(f'the tokenizer has {self.tokenizer.n_vocab:,} tokens, meta.json {self.vocab_size:,}')
-        except (KeyError, TypeError, ValueError, ArithmeticError, RecursionError, OSError) as error:
-            what = str(error) if isinstance(error, ValueError | OSError) else f'meta.json: {error!r}'
-            raise ValueError(f'{self.folder} is damaged, make it again with: {how} ({what})') from None
+        self.name = name
+        self.folder = os.path.join(root, name)
+        command = 'python prepare.py'
+        if name != 'shakespeare':
+            command += f' --input=YOUR_TEXT --name={name}'
 
-    def _tokens(self, split, verify):
-        path, meta = os.path.join(self.folder, f'{split}.bin'), self.meta[split]
+        existing = list_folder(self.folder)
+        if {'train.bin', 'val.bin'} <= existing and 'meta.json' not in existing:
+            if 'meta.pkl' in existing:
+                what = f"{self.folder} has nanoGPT's meta.pkl, which is not read"
+                raise UserError(f'{what}. Prepare the text again with: {command}')
+            import_nanogpt(self.folder)
+            existing = list_folder(self.folder)
+        for file in FILES:
+            if file not in existing:
+                raise UserError(f'{self.folder} has no {file}. Make it with: {command}')
+
+        try:
+            self.load(verify)
+        except (KeyError, TypeError, ValueError, ArithmeticError, RecursionError, OSError) as error:
+            has_words = isinstance(error, ValueError | OSError)  # a KeyError's text is a key
+            reason = str(error) if has_words else f'meta.json: {error!r}'
+            how = f'make it again with: {command} ({reason})'
+            raise UserError(f'{self.folder} is damaged, {how}') from None
+
+    def load(self, verify):
+        with open(os.path.join(self.folder, 'meta.json'), encoding='utf-8') as file:
+            self.meta = json.load(file)
+        self.tokenizer = tokenizers.load(self.folder)
+        self.kind = self.meta['tokenizer']
+        self.vocab_size = int(self.meta['vocab_size'])
+        self.end_of_text = self.meta['end_of_text']
+        if self.tokenizer.n_vocab != self.vocab_size:
+            n = self.tokenizer.n_vocab
+            raise UserError(f'the tokenizer has {n:,} tokens, meta.json {self.vocab_size:,}')
+        self.train = self.open_split('train', verify)
+        self.val = self.open_split('val', verify)
+
+    def open_split(self, split, verify):
+        path = os.path.join(self.folder, f'{split}.bin')
+        meta = self.meta[split]
         tokens = np.memmap(path, dtype=np.dtype(self.meta['dtype']).newbyteorder('<'), mode='r')
         expected = int(meta['tokens'])
-        if len(tokens) != expected or not 0 < self.bytes_per_token(split) < len(tokens) * 1e9:
-            raise ValueError(f'{split}.bin has {len(tokens):,} tokens, meta.json says {expected:,}')
-        highest = max(tokens[:1_000_000].max(), tokens[-1_000_000:].max(), meta.get('highest', 0))
+        if len(tokens) != expected:
+            raise UserError(f'{split}.bin has {len(tokens):,} tokens, meta.json says {expected:,}')
+        if not 0 < meta['bytes'] < 1e9 * len(tokens):  # NaN and infinity are not, either
+            raise UserError(f'meta.json has {meta["bytes"]!r} bytes for {split}')
+
+        # Reading all of a large file takes minutes: meta.json's `highest` is trusted for the rest.
+        both_ends = np.concatenate((tokens[:1_000_000], tokens[-1_000_000:]))
+        highest = max(int(both_ends.max()), meta.get('highest', 0))
         if highest >= self.vocab_size:
-            raise ValueError(f'{split}.bin has the id {highest:,}, the vocabulary {self.vocab_size:,}')
+            limit = self.vocab_size
+            raise UserError(f'{split}.bin has the id {highest:,}, the vocabulary {limit:,}')
         if verify:
             with open(path, 'rb') as file:
                 if hashlib.file_digest(file, 'sha256').hexdigest() != meta['sha256']:
-                    raise ValueError(f'the checksum of {split}.bin is not the one in meta.json')
+                    raise UserError(f'the checksum of {split}.bin is not the one in meta.json')
         return tokens
 
+
+    def check_length(self, block_size):
+        """Raise UserError unless the training split has a whole window."""
+        if len(self.train) <= block_size:
+            what = f'The training split of {self.folder} has {len(self.train):,} tokens, fewer than'
+            window = f'one window of block_size={block_size} and its target'
+            raise UserError(f'{what} {window}: prepare more text or choose a smaller block_size.')
+
+    def check_vocabulary(self, vocab_size, source):
+        """Raise UserError unless a model of `vocab_size` tokens, `source`, has this vocabulary.
+
+        Published models often have a little more, to round the number up.
+        """
+        fits = 0.99 * vocab_size < self.vocab_size <= vocab_size
+        if source in PUBLISHED:
+            fits = fits and self.kind == 'gpt2'
+        elif os.path.exists(os.path.join(source, 'tokenizer.json')):
+            fits = fits and tokenizers.same(tokenizers.load(source), self.tokenizer)
+        if not fits:
+            name = 'gpt2' if source in PUBLISHED else source
+            what = f'The model {source} has a vocabulary of {vocab_size:,} tokens'
+            other = f'{self.folder} another one of {self.vocab_size:,}'
+            raise UserError(f'{what}, {other}: prepare the text with --tokenizer={name}')
+
     def fingerprint(self):
-        """What tells this dataset from another of the same name: checksums of its splits."""
+        """The checksums of both splits, by which a run recognizes its text when it resumes."""
         return [self.meta[split].get('sha256') for split in ('train', 'val')]
 
     def bytes_per_token(self, split):
         return self.meta[split]['bytes'] / self.meta[split]['tokens']
 
 
-def adopt(folder):
-    """Add to nanoGPT's train.bin and val.bin, uint16 ids of GPT-2's tokens, what they lack. Returns all file names.
+def list_folder(path):
+    return set(os.listdir(path)) if os.path.isdir(path) else set()
 
-    Raises ValueError for ids of something else. Processes of one run may all do this at the same time.
+
+def import_nanogpt(folder):
+    """Write the meta.json and the tokenizer that nanoGPT's train.bin and val.bin lack.
+
+    Raises UserError for ids of something else. Several processes may do this at the same time.
     """
-    print(f"{folder} has no meta.json: taken as nanoGPT's, uint16 tokens of GPT-2. It is read once to write one.")
-    tokenizer = build('gpt2')
-    meta = {'format': 1, 'source': ['nanoGPT'], 'dtype': 'uint16', 'tokenizer': 'gpt2', 'vocab_size': tokenizer.n_vocab}
+    print(f"{folder} has no meta.json: assuming nanoGPT's format, GPT-2's ids; writing one.")
+    tokenizer = tokenizers.build('gpt2')
+    meta = {'format': 1, 'source': ['nanoGPT'], 'dtype': 'uint16', 'tokenizer': 'gpt2'}
+    meta['vocab_size'] = tokenizer.n_vocab
     meta['end_of_text'] = tokenizer.eot_token
-    lengths = np.zeros(2**16, dtype=np.int64)  # end-of-text stands for no byte
-    lengths[: tokenizer.eot_token] = [len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.eot_token)]
     for split in ('train', 'val'):
-        counts, digest, path = np.zeros(2**16, dtype=np.int64), hashlib.sha256(), os.path.join(folder, f'{split}.bin')
-        size = os.path.getsize(path)
-        tokens = np.memmap(path, dtype='<u2', mode='r') if size and size % 2 == 0 else []
-        for start in range(0, len(tokens), 2**24):
-            counts += np.bincount(tokens[start : start + 2**24], minlength=2**16)
-            digest.update(tokens[start : start + 2**24])
-        if not counts[: tokenizer.eot_token].any() or counts[tokenizer.n_vocab :].any():
-            raise ValueError(f"{path} does not hold GPT-2's tokens, 16 bits each: prepare the text again.")
-        meta[split] = {'tokens': len(tokens), 'bytes': int(counts @ lengths), 'highest': int(counts.nonzero()[0].max())}
-        meta[split] |= {'documents': int(counts[tokenizer.eot_token]), 'sha256': digest.hexdigest()}
-    if os.path.exists(os.path.join(folder, 'tokenizer.json')) and load(folder).n_vocab != tokenizer.n_vocab:
-        raise ValueError(f"{folder} has no meta.json, and its tokenizer is not GPT-2's: prepare the text again.")
+        meta[split] = describe_gpt2_tokens(os.path.join(folder, f'{split}.bin'), tokenizer)
+    has_tokenizer = os.path.exists(os.path.join(folder, 'tokenizer.json'))
+    if has_tokenizer and tokenizers.load(folder).n_vocab != tokenizer.n_vocab:
+        what = f"{folder} has no meta.json, and its tokenizer is not GPT-2's"
+        raise UserError(f'{what}: prepare the text again.')
+
+    # Renamed into place, meta.json last: with it the dataset is complete.
     with tempfile.TemporaryDirectory(prefix='.meta-', dir=folder) as temporary:
-        save(tokenizer, temporary)
+        tokenizers.save(tokenizer, temporary)
         with open(os.path.join(temporary, 'meta.json'), 'w', encoding='utf-8') as file:
             json.dump(meta, file, indent=1)
-        for name in ('tokenizer.json', 'tokenizer_config.json', 'meta.json'):  # with the last it is complete
+        for name in ('tokenizer.json', 'tokenizer_config.json', 'meta.json'):
             os.replace(os.path.join(temporary, name), os.path.join(folder, name))
-    return os.listdir(folder)
+
+
+def describe_gpt2_tokens(path, tokenizer):
+    """What meta.json says of a split, from its ids. Raises UserError unless they are GPT-2's."""
+    size = os.path.getsize(path)
+    is_readable = size > 0 and size % 2 == 0
+    tokens = np.memmap(path, dtype='<u2', mode='r') if is_readable else []
+    counts = np.zeros(2**16, dtype=np.int64)  # of each id
+    digest = hashlib.sha256()
+    for start in range(0, len(tokens), 2**24):
+        part = tokens[start : start + 2**24]
+        counts += np.bincount(part, minlength=2**16)
+        digest.update(part)
+
+    end_of_text = tokenizer.eot_token  # the last id; it stands for no bytes
+    if not counts[:end_of_text].any() or counts[tokenizer.n_vocab :].any():
+        what = "GPT-2's tokens, 16 bits each"
+        raise UserError(f'{path} does not hold {what}: prepare the text again.')
+    n_bytes = [len(tokenizer.decode_single_token_bytes(i)) for i in range(end_of_text)]
+    return {
+        'tokens': len(tokens),
+        'bytes': int(counts[:end_of_text] @ np.array(n_bytes)),
+        'highest': int(counts.nonzero()[0].max()),
+        'documents': int(counts[end_of_text]),
+        'sha256': digest.hexdigest(),
+    }
+
+
+# -----------------------------------------------------------------------------
+# windows of a split
 
 
 def count_windows(tokens, block_size, stride=None):
-    """How many windows make an epoch: every target is in one at least. stride: from window to window, in tokens."""
+    """The number of windows per epoch. stride: between windows, in tokens; None: block_size."""
     stride = stride or block_size
-    return 1 + max(0, -(-(len(tokens) - 1 - block_size) // stride))
+    n_targets = len(tokens) - 1
+    after_the_first = max(0, n_targets - block_size)
+    return 1 + (after_the_first + stride - 1) // stride
 
 
-def windows(tokens, block_size, indices, stride=None):
-    """The windows of the given indices: inputs and targets, each (len(indices), block_size) int64.
+def get_batch(tokens, block_size, window_ids, stride=None):
+    """The windows of these ids: inputs and targets, each (len(window_ids), block_size) int64.
 
     Past the end of the tokens, inputs are 0 and targets IGNORE.
     """
-    x = np.zeros((len(indices), block_size), dtype=np.int64)
-    y = np.full((len(indices), block_size), IGNORE, dtype=np.int64)
-    for row, index in enumerate(indices):
-        start = index * (stride or block_size)
+    stride = stride or block_size
+    x = np.zeros((len(window_ids), block_size), dtype=np.int64)
+    y = np.full((len(window_ids), block_size), IGNORE, dtype=np.int64)
+    for row, window_id in enumerate(window_ids):
+        start = window_id * stride
         window = tokens[start : start + block_size + 1]
-        x[row, : max(0, len(window) - 1)] = window[:-1]
-        y[row, : max(0, len(window) - 1)] = window[1:]
+        n = max(0, len(window) - 1)
+        x[row, :n] = window[:-1]
+        y[row, :n] = window[1:]
     return torch.from_numpy(x), torch.from_numpy(y)
 
 
-def training_order(positions, n_windows, seed):
-    """Which window stands at each position of the run: (n,) ints to (n,) ints, `n_windows` positions an epoch."""
-    epochs, places = np.divmod(np.asarray(positions, dtype=np.uint64), np.uint64(n_windows))
+def count_targets(tokens, block_size, window_ids, stride=None):
+    """How many targets these windows have, without the padding of the last one."""
+    starts = np.asarray(window_ids) * (stride or block_size)
+    n_targets = (len(tokens) - 1 - starts).clip(0, block_size)
+    return int(n_targets.sum())
+
+
+# -----------------------------------------------------------------------------
+# their order, and the other things that are random in a step
+
+
+def training_order(first, count, n_windows, seed):
+    """The ids of the windows at positions first to first + count - 1 of a run, (count,) int64.
+
+    There are n_windows positions per epoch; each epoch has an order of its own.
+    """
+    positions = np.arange(first, first + count, dtype=np.uint64)
+    epochs, places = np.divmod(positions, np.uint64(n_windows))
     return shuffled(places, n_windows, seed, epochs).astype(np.int64)
 
 
-def shuffled(places, n, seed, epochs):
-    """Where each of `places` goes in a pseudo-random permutation of range(n), one for each (seed, epoch).
+def micro_step_seed(seed, step, micro_step):
+    """The seed of what is random in a micro-step, which is dropout.
 
-    A Feistel network over the smallest even number of bits that hold n, walked on until it falls below n
-    (cycle walking; Black and Rogaway, 2002): any place of any epoch at once, with no table of n entries.
-    Six rounds over fewer than 8 bits do not give every permutation the same chance, so there are 8 at least.
+    It does not depend on the process, so for any number of them the masks are the same.
     """
-    half = np.uint64(max(4, -(-int(n - 1).bit_length() // 2)))
-    mask = np.uint64((1 << int(half)) - 1)
-    keys = _mix(_mix(np.uint64(seed % 2**64) + np.zeros_like(epochs)) + epochs)
-    keys = _mix(keys + np.arange(6, dtype=np.uint64)[:, None])  # (rounds, n)
+    return int(np.random.SeedSequence((seed, step, micro_step)).generate_state(1)[0])
+
+
+def shuffled(places, n, seed, epochs):
+    """Where each of `places` goes in a random permutation of range(n), one per (seed, epoch).
+
+    numpy's permutation would be a table of n entries, made again for each epoch and each resume;
+    this computes any place of any epoch by itself. It is a Feistel network over the smallest even
+    number of bits that can hold n - 1: like a cipher, it maps numbers of so many bits one to one. A
+    result that is not below n is mapped again (cycle walking; Black and Rogaway, 2002). Over fewer
+    than 8 bits, six rounds are visibly not random, so at least 8 bits are used.
+    """
+    n_bits = int(n - 1).bit_length()
+    half_bits = np.uint64(max(4, (n_bits + 1) // 2))
+    mask = np.uint64((1 << int(half_bits)) - 1)
+    # As an array: its overflow wraps without a word, that of a scalar warns.
+    seeds = np.full_like(epochs, seed % 2**64)
+    keys = _mix(_mix(seeds) + epochs)
+    keys = _mix(keys + np.arange(ROUNDS, dtype=np.uint64)[:, None])  # (ROUNDS, len(places))
     out = np.array(places, dtype=np.uint64)
     todo = np.arange(len(out))
     while len(todo):
-        left, right = out[todo] >> half, out[todo] & mask
-        for key in keys[:, todo]:
-            left, right = right, left ^ (_mix(right + key) & mask)
-        out[todo] = left << half | right
+        left = out[todo] >> half_bits
+        right = out[todo] & mask
+        for key in keys[:, todo]:  # one round: (left, right) -> (right, left ^ f(right))
+            mixed = left ^ (_mix(right + key) & mask)
+            left, right = right, mixed
+        out[todo] = left << half_bits | right
         todo = todo[out[todo] >= n]
     return out
 

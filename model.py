@@ -1,32 +1,39 @@
-"""The whole GPT in one file: configuration, blocks, loss, generation, weights in and out.
+"""The whole GPT in one file: configuration, blocks, generation, loss, weights in and out.
 
-Three architectures, chosen by GPTConfig.arch, each of which `transformers` has, so that what is saved here opens
-there and the other way round:
+It imports nothing else of this project: copy it and use it alone. There are three architectures,
+chosen by GPTConfig.arch. `transformers` has all of them, so a model saved here opens there, and the
+other way round:
 
               positions    norm         attention                       MLP       biases
-    gpt2      learned      LayerNorm    multi-head                      GELU      yes; bias=False: none
+    gpt2      learned      LayerNorm    multi-head                      GELU      yes, or bias=False
     qwen3     rotary       RMSNorm      grouped queries, QK-norm        SwiGLU    no
     llama     rotary       RMSNorm      grouped queries                 SwiGLU    no
 
-Shapes in comments: B sequences, T positions, S cached positions, C = n_embd, D = head_dim, V = padded vocabulary.
+Shapes in comments: B sequences, T positions, S positions in the KV cache, C = n_embd, H heads of
+queries, KV heads of keys and values, D = head_dim, V = vocabulary size, padded but for sampling.
 """
 
 import functools
+import glob
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute_activations
 
-IGNORE = -1  # a target that does not count
-CHUNK = 2**24  # logits that a loss computes at a time
-ARCHITECTURES = {'gpt2': 'GPT2LMHeadModel', 'qwen3': 'Qwen3ForCausalLM', 'llama': 'LlamaForCausalLM'}
-PUBLISHED = {  # by name, for from_pretrained('gpt2') or, untrained, GPT(GPTConfig(**PUBLISHED['gpt2']))
+IGNORE = -1  # the target of a position that does not count
+MAX_LOGITS = 2**24  # a loss with more of them is computed in chunks
+
+ARCHITECTURES = {
+    'gpt2': 'GPT2LMHeadModel', 'qwen3': 'Qwen3ForCausalLM', 'llama': 'LlamaForCausalLM',
+}  # fmt: skip
+# By name: GPT.from_pretrained('gpt2'), or without its weights GPT(GPTConfig(**PUBLISHED['gpt2'])).
+PUBLISHED = {
     'gpt2': {'n_layer': 12, 'n_head': 12, 'n_embd': 768},  # 124,439,808 parameters
     'gpt2-medium': {'n_layer': 24, 'n_head': 16, 'n_embd': 1024},  # 354,823,168
     'gpt2-large': {'n_layer': 36, 'n_head': 20, 'n_embd': 1280},  # 774,030,080
@@ -34,9 +41,25 @@ PUBLISHED = {  # by name, for from_pretrained('gpt2') or, untrained, GPT(GPTConf
 }
 
 
+class UserError(ValueError):
+    """A mistake of the user: one sentence that says what is wrong and what to do.
+
+    This file stands alone, so runtime.py, which prints them, has a class of the same name.
+    """
+
+
+# -----------------------------------------------------------------------------
+# configuration
+
+
 @dataclass
 class GPTConfig:
-    """The shape of a model; None becomes the architecture's own. Raises ValueError for one that cannot be built."""
+    """The shape of a model; None becomes the architecture's own value.
+
+    Raises UserError for a shape that cannot be built. A field that you add here is saved in
+    config.json and read back like the others; a knob of the same name in train.py sets it.
+    """
+
     arch: str = 'gpt2'
     vocab_size: int = 50257
     block_size: int = 1024  # the longest context, in tokens
@@ -45,77 +68,91 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # gpt2 only
-    n_kv_head: int | None = None  # heads that share a key and value, qwen3 and llama only; None: n_head, no sharing
+    n_kv_head: int | None = None  # heads of keys and values, not in gpt2; None: n_head
     head_dim: int | None = None  # None: n_embd / n_head
-    n_hidden: int | None = None  # width inside the MLP; None: 4 n_embd, with SwiGLU 8/3 n_embd up to a multiple of 64
-    rope_theta: float = 10000.0  # the base of rotary positions
+    intermediate_size: int | None = None  # inside the MLP; None: 4 n_embd, SwiGLU about 8/3 n_embd
+    rope_theta: float = 10000.0  # base of the rotary positions
     norm_eps: float | None = None  # None: 1e-5, in qwen3 1e-6
-    tied: bool = True  # whether the head is the token embedding
+    tie_weights: bool = True  # whether lm_head shares the weights of the token embedding
 
     def __post_init__(self):
         if self.arch not in ARCHITECTURES:
-            raise ValueError(f"arch='{self.arch}' is not known. Choose one of: {', '.join(ARCHITECTURES)}.")
-        for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'head_dim', 'n_hidden'):
+            raise UserError(f"arch='{self.arch}' must be one of: {', '.join(ARCHITECTURES)}.")
+        sizes = ['vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd']
+        for name in [*sizes, 'n_kv_head', 'head_dim', 'intermediate_size']:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= 2**24:
-                raise ValueError(f'{name}={value} must be from 1 to {2**24:,}.')
-        if self.head_dim is None and self.n_embd % self.n_head:
-            raise ValueError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}.')
+                raise UserError(f'{name}={value} must be from 1 to {2**24:,}.')
         if not 0 <= self.dropout < 1:
-            raise ValueError(f'dropout={self.dropout} must be at least 0 and below 1.')
-        self.n_kv_head, self.head_dim = self.n_kv_head or self.n_head, self.head_dim or self.n_embd // self.n_head
+            raise UserError(f'dropout={self.dropout} must be at least 0 and below 1.')
+        if self.head_dim is None and self.n_embd % self.n_head:
+            raise UserError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}.')
+
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
-            raise ValueError(f'n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}.')
+            raise UserError(
+                f'n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}.'
+            )
+
         if self.arch == 'gpt2':
-            self.n_hidden = self.n_hidden or 4 * self.n_embd
-            if (self.n_kv_head, self.head_dim * self.n_head, self.tied) != (self.n_head, self.n_embd, True):
-                raise ValueError("n_kv_head, head_dim and an untied head are not for arch='gpt2': use qwen3 or llama.")
+            width = self.n_head * self.head_dim
+            is_multi_head = self.n_kv_head == self.n_head and width == self.n_embd
+            if not (is_multi_head and self.tie_weights):
+                what = 'n_kv_head, head_dim and an untied lm_head'
+                raise UserError(f"{what} are not for arch='gpt2': use qwen3 or llama.")
+            default_size = 4 * self.n_embd
         else:
-            self.bias = False
-            self.n_hidden = self.n_hidden or -(-8 * self.n_embd // 3 // 64) * 64
             if self.head_dim % 2:
-                raise ValueError(f'head_dim={self.head_dim} must be even: rotary positions turn pairs.')
+                raise UserError(f'head_dim={self.head_dim} must be even: RoPE rotates pairs.')
+            self.bias = False
+            default_size = round_up(8 * self.n_embd // 3, 64)
+        self.intermediate_size = self.intermediate_size or default_size
         self.norm_eps = self.norm_eps or (1e-6 if self.arch == 'qwen3' else 1e-5)
 
     @property
     def padded_vocab_size(self):
-        """vocab_size rounded up to a multiple of 64, which matrix multiplications like."""
-        return -(-self.vocab_size // 64) * 64
+        """vocab_size up to a multiple of 64, which makes the matrix products of lm_head faster."""
+        return round_up(self.vocab_size, 64)
 
 
-def full(x):
-    """In float32, or more if it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def round_up(n, multiple):
+    return (n + multiple - 1) // multiple * multiple
 
 
-def norm(config, width):
+# -----------------------------------------------------------------------------
+# norm, attention, MLP, block
+
+
+def make_norm(config, width):
     if config.arch == 'gpt2':
         return nn.LayerNorm(width, config.norm_eps, bias=config.bias)
     return nn.RMSNorm(width, config.norm_eps)
 
 
-def rotate(x, cos, sin):
-    """Turn each pair (x_i, x_(i+D/2)) by an angle that grows with the position (Su et al., 2021, RoFormer)."""
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat((-b, a), -1) * sin
+def apply_rope(x, cos, sin):
+    """Rotate each pair (x_i, x_(i+D/2)) by an angle that grows with the position.
+
+    RoFormer (Su et al., 2021), in the layout of transformers' Llama. x: (B, heads, T, D).
+    """
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
 
 
 class Linear(nn.Linear):
-    """nn.Linear of matrices stacked one over the other, of the heights in `rows`."""
+    """A linear layer that may be several in one, such as q, k and v: one matrix product for all.
 
-    def __init__(self, n_in, rows, bias):
-        super().__init__(n_in, sum(rows), bias)
-        self.rows = rows
+    out_sizes: the width of each. Muon and the files of transformers take them apart again.
+    """
 
-    def forward(self, x):
-        rows = x.flatten(0, -2)  # up to four on a CPU: compiled sums read the weight as fast as the memory gives it
-        if not torch.compiler.is_compiling() or torch.is_grad_enabled() or len(rows) > 4 or x.device.type != 'cpu':
-            return super().forward(x)
-        y = torch.stack([(self.weight * row).sum(-1) for row in rows]).view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+    def __init__(self, n_in, out_sizes, bias):
+        super().__init__(n_in, sum(out_sizes), bias)
+        self.out_sizes = out_sizes
 
 
 class Attention(nn.Module):
+    """Causal self-attention, (B, T, C) -> (B, T, C)."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -123,35 +160,44 @@ class Attention(nn.Module):
         self.qkv = Linear(config.n_embd, (H * D, KV * D, KV * D), config.bias)
         self.proj = Linear(H * D, (config.n_embd,), config.bias)
         if config.arch == 'qwen3':
-            self.q_norm, self.k_norm = norm(config, D), norm(config, D)
+            self.q_norm = make_norm(config, D)
+            self.k_norm = make_norm(config, D)
 
-    def forward(self, x, rope=None, cache=None):
-        """x: (B, T, C). rope: (cos, sin), each (T, D). cache: (keys, values, positions, mask), see GPT.hidden."""
+    def forward(self, x, rope=None, mask=None, positions=None, cache=None):
+        """rope: (cos, sin), each (T, D).
+
+        For generation: `positions`, (T,), are those of x, `cache` has the keys and values of the
+        tokens before, and `mask`, (T, S), is True where a query may attend to a key.
+        """
         B, T, _ = x.shape
         H, KV, D = self.config.n_head, self.config.n_kv_head, self.config.head_dim
-        q, k, v = self.qkv(x).view(B, T, H + 2 * KV, D).transpose(1, 2).split((H, KV, KV), 1)  # each (B, heads, T, D)
+        heads = self.qkv(x).view(B, T, H + 2 * KV, D).transpose(1, 2)
+        q, k, v = heads.split((H, KV, KV), 1)  # (B, H, T, D) and twice (B, KV, T, D)
+
         if self.config.arch == 'qwen3':
             q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = rotate(q, *rope).to(v.dtype), rotate(k, *rope).to(v.dtype)
-        mask = None
+        if rope is not None:  # cos and sin are float32; under autocast v is not
+            q, k = apply_rope(q, *rope).to(v.dtype), apply_rope(k, *rope).to(v.dtype)
         if cache is not None:
-            keys, values, positions, mask = cache
-            k, v = keys.index_copy_(2, positions, k), values.index_copy_(2, positions, v)  # (B, KV, S, D)
+            k, v = cache.update(positions, k, v)  # (B, KV, S, D)
+
         dropout = self.config.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, enable_gqa=KV < H)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=KV < H
+        )
         return self.proj(y.transpose(1, 2).reshape(B, T, H * D))
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gated = config.arch != 'gpt2'
-        self.fc = Linear(config.n_embd, (config.n_hidden,) * (1 + self.gated), config.bias)
-        self.proj = Linear(config.n_hidden, (config.n_embd,), config.bias)
+        self.is_gated = config.arch != 'gpt2'
+        width = config.intermediate_size
+        self.fc = Linear(config.n_embd, (width, width) if self.is_gated else (width,), config.bias)
+        self.proj = Linear(width, (config.n_embd,), config.bias)
 
     def forward(self, x):
-        if self.gated:  # SwiGLU (Shazeer, 2020)
+        if self.is_gated:  # SwiGLU (Shazeer, 2020)
             gate, up = self.fc(x).chunk(2, -1)
             return self.proj(F.silu(gate) * up)
         return self.proj(F.gelu(self.fc(x), approximate='tanh'))
@@ -160,361 +206,666 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.norm1 = norm(config, config.n_embd)
+        self.norm1 = make_norm(config, config.n_embd)
         self.attn = Attention(config)
-        self.norm2 = norm(config, config.n_embd)
+        self.norm2 = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope=None, cache=None):
-        x = x + self.drop(self.attn(self.norm1(x), rope, cache))
+    def forward(self, x, rope=None, mask=None, positions=None, cache=None):
+        x = x + self.drop(self.attn(self.norm1(x), rope, mask, positions, cache))
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
-class ChunkedLoss(torch.autograd.Function):
-    """The mean cross-entropy of F.linear(x, weight, bias), n rows at a time, each with its gradients at once."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, targets, n):
-        total, dx, training, learned = 0.0, [], any(ctx.needs_input_grad), ctx.needs_input_grad[1]
-        dw = full(torch.zeros_like(weight)) if learned else None
-        for part, target in zip(x.split(n), targets.split(n), strict=True):
-            logits, index = full(F.linear(part, weight, bias)), target.clamp(min=0)[:, None]
-            counted, normalizer = (target != IGNORE)[:, None], logits.logsumexp(-1, keepdim=True)
-            total = total + (counted * (normalizer - logits.gather(1, index))).sum()
-            if training:
-                error = logits.sub_(normalizer).exp_().scatter_add_(1, index, logits.new_full(index.shape, -1))
-                error.mul_(counted)
-                dx.append((error @ weight).to(x.dtype))
-            if learned:
-                dw = dw.add_(error.mT @ part) if torch.is_autocast_enabled(x.device.type) else dw.addmm_(error.mT, part)
-        ctx.count, ctx.dtype = (targets != IGNORE).sum(), weight.dtype
-        ctx.save_for_backward(torch.cat(dx) if training else None, dw)
-        return total / ctx.count
-
-    @staticmethod
-    def backward(ctx, gradient):
-        dx, dw = (saved if saved is None else saved.mul_(gradient / ctx.count) for saved in ctx.saved_tensors)
-        return dx, dw if dw is None else dw.to(ctx.dtype), None, None, None  # in place: for one backward pass
+# -----------------------------------------------------------------------------
+# the model
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer: GPT(config), its weights freshly drawn from torch's global generator.
+    """A decoder-only transformer. GPT(config) draws its weights from torch's global generator.
 
-    logits = model(idx)            idx (B, T) int64 -> (B, T, V); the padding beyond vocab_size is -inf
+    logits = model(idx)            idx (B, T) int64 -> (B, T, V), -inf beyond vocab_size
     loss = model(idx, targets)     targets (B, T), IGNORE where none -> mean cross-entropy in nats
+    losses = model(idx, targets, reduction='none')    -> (B, T), 0 where the target is IGNORE
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        V, D = config.padded_vocab_size, config.head_dim
+        V = config.padded_vocab_size
         self.wte = nn.Embedding(V, config.n_embd)
         if config.arch == 'gpt2':
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         else:
-            frequencies = 1 / config.rope_theta ** (torch.arange(0, D, 2).float() / D)
-            angles = torch.outer(torch.arange(config.block_size).float(), frequencies).repeat(1, 2)  # (block_size, D)
-            self.register_buffer('cos', angles.cos(), persistent=False)
-            self.register_buffer('sin', angles.sin(), persistent=False)
+            cos, sin = make_rope(config)
+            self.register_buffer('cos', cos, persistent=False)
+            self.register_buffer('sin', sin, persistent=False)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm_f = norm(config, config.n_embd)
-        self.head = Linear(config.n_embd, (V,), False)
-        if config.tied:
-            self.head.weight = self.wte.weight
-        # Added to the logits, it keeps the padding of the vocabulary out of every softmax.
-        padding = torch.zeros(V).masked_fill(torch.arange(V) >= config.vocab_size, -math.inf)
-        self.register_buffer('padding', padding if V > config.vocab_size else None, persistent=False)
+        self.norm_f = make_norm(config, config.n_embd)
+        self.lm_head = Linear(config.n_embd, (V,), bias=False)
+        if config.tie_weights:
+            self.lm_head.weight = self.wte.weight
+
+        # Added to the logits: -inf keeps the padding of the vocabulary out of every softmax.
+        pad_mask = None  # no padding
+        if V > config.vocab_size:
+            is_padding = torch.arange(V) >= config.vocab_size
+            pad_mask = torch.zeros(V).masked_fill(is_padding, -math.inf)
+        self.register_buffer('pad_mask', pad_mask, persistent=False)
         self.init_weights()
 
-    def forward(self, idx, targets=None):
-        x, weight = self.hidden(idx), self.head.weight if torch.is_grad_enabled() else self.head.weight.detach()
-        if targets is not None and targets.numel() * len(weight) > CHUNK:
-            return ChunkedLoss.apply(x.flatten(0, 1), weight, self.padding, targets.flatten(), CHUNK // len(weight))
-        logits = F.linear(x, weight, self.padding)  # (B, T, V)
+    def forward(self, idx, targets=None, reduction='mean'):
+        x = self.forward_hidden(idx)
         if targets is None:
-            return logits
-        return F.cross_entropy(full(logits).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+            return self.logits(x)
+        if targets.numel() * self.config.padded_vocab_size > MAX_LOGITS:
+            return chunked_loss(self, x, targets, reduction)
+        return token_loss(self.logits(x), targets, reduction, self.training)
 
-    def hidden(self, idx, positions=None, cache=None):
-        """idx (B, T) -> (B, T, C), after the last norm.
+    def forward_hidden(self, idx, positions=None, caches=None):
+        """idx (B, T) -> what lm_head takes, (B, T, C).
 
-        With a cache (a pair of keys and values, each (B, KV, S, D), for every block) idx stands at `positions`, (T,),
-        attends to what the cache holds up to there, and is added to it.
+        For generation: a KVCache for each block, and the positions of idx, (T,).
         """
+        T, block_size = idx.shape[1], self.config.block_size
+        if T > block_size:
+            raise UserError(f'A context of {T:,} tokens is longer than block_size={block_size:,}.')
         if positions is None:
-            positions = torch.arange(idx.shape[1], device=idx.device)
-        learned = self.config.arch == 'gpt2'
-        x = self.drop(self.wte(idx) + self.wpe(positions) if learned else self.wte(idx))
-        rope = None if learned else (self.cos[positions], self.sin[positions])
-        if cache is not None:
-            mask = positions[:, None] >= torch.arange(cache[0][0].shape[2], device=idx.device)  # (T, S)
+            positions = torch.arange(T, device=idx.device)
+        x = self.wte(idx)
+        rope = None
+        if self.config.arch == 'gpt2':
+            x = x + self.wpe(positions)
+        else:
+            rope = self.cos[positions], self.sin[positions]
+        x = self.drop(x)
+
+        mask = None  # causal
+        if caches is not None:  # (T, S), for all blocks; slots not filled yet are later positions
+            mask = positions[:, None] >= caches[0].positions
         for i, block in enumerate(self.blocks):
-            x = block(x, rope, None if cache is None else (*cache[i], positions, mask))
+            cache = None if caches is None else caches[i]
+            x = block(x, rope, mask, positions, cache)
         return self.norm_f(x)
+
+    def logits(self, hidden):
+        """(..., C) -> (..., V), -inf beyond vocab_size.
+
+        A change, such as a softcap, belongs into next_logits and ChunkedLoss, too: the former calls
+        the layer, whose product inference.py may replace, the latter needs the weights themselves.
+        """
+        return F.linear(hidden, self.lm_head.weight, self.pad_mask)
+
+    # -----------------------------------------------------------------------------
+    # for training: initial weights, and how many operations they take
 
     @torch.no_grad()
     def init_weights(self):
-        """Draw every parameter as GPT-2 did (Radford et al., 2019, section 2.3); raises if one is not covered.
+        """Draw all parameters, of all architectures, as nanoGPT draws GPT-2's.
 
-        embeddings, head, qkv, fc    normal, 0.02
-        proj                         normal, 0.02 / sqrt(2 n_layer): each block adds two to the residual stream
+        embeddings, lm_head, qkv, fc    normal, 0.02
+        proj                            normal, 0.02 / sqrt(2 n_layer): each block adds two of
+                                        them to the residual stream (Radford et al., 2019, 2.3)
         norms 1, biases 0
+
+        Raises RuntimeError for a parameter that is not covered.
         """
-        std = dict.fromkeys('wte wpe head qkv fc'.split(), 0.02) | {'proj': 0.02 / (2 * self.config.n_layer) ** 0.5}
         for name, parameter in self.named_parameters():
-            layer, kind = name.split('.')[-2:]
-            if kind == 'bias' or layer in ('norm1', 'norm2', 'norm_f', 'q_norm', 'k_norm'):
-                parameter.fill_(kind != 'bias')
-            elif layer in std:
-                parameter.normal_(std=std[layer])
+            path, _, tensor_name = name.rpartition('.')
+            layer = path.rpartition('.')[2]
+            if tensor_name == 'bias':
+                parameter.zero_()
+            elif layer in ('norm1', 'norm2', 'norm_f', 'q_norm', 'k_norm'):
+                parameter.fill_(1.0)
+            elif layer == 'proj':
+                parameter.normal_(std=0.02 / (2 * self.config.n_layer) ** 0.5)
+            elif layer in ('wte', 'wpe', 'lm_head', 'qkv', 'fc'):
+                parameter.normal_(std=0.02)
             else:
-                raise RuntimeError(f'init_weights says nothing of {name}.')
-        for matrix in (self.wte.weight, self.head.weight):
-            matrix[self.config.vocab_size :] = 0  # the padding stays 0: it gets no gradient
-
-    def freeze(self, n_blocks):
-        """Train neither the embeddings, with a head tied to them, nor the lowest n_blocks blocks. None: train all."""
-        if n_blocks is not None and not 0 <= n_blocks <= self.config.n_layer:
-            raise ValueError(f'freeze={n_blocks} must be from 0 to {self.config.n_layer}, the blocks there are.')
-        kept = ('wte.', 'wpe.', *(f'blocks.{i}.' for i in range(n_blocks or 0)))
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(n_blocks is None or not name.startswith(kept))
-
-    def parameter_groups(self, weight_decay):
-        """What an optimizer is to train: vectors, which do not decay; embeddings, head; matrices by shape and rows."""
-        groups = {}
-        for name, parameter in self.named_parameters():
-            kind, group = parameter.dim(), {'params': [], 'weight_decay': weight_decay * (parameter.dim() > 1)}
-            if kind > 1 and name.startswith('blocks.'):
-                group['rows'] = self.get_submodule(name.removesuffix('.weight')).rows
-                kind = group['rows'], parameter.shape
-            if parameter.requires_grad:
-                groups.setdefault(kind, group)['params'].append(parameter)
-        return list(groups.values())
+                raise RuntimeError(f'init_weights does not say how to draw {name}.')
+        for layer in (self.wte, self.lm_head):
+            layer.weight[self.config.vocab_size :] = 0  # the padding; its gradient is always 0
 
     def checkpoint_activations(self):
-        """Keep only what enters each block, and compute the rest again in the backward pass (Chen et al., 2016)."""
+        """Keep only the input of each block; compute the rest again for the backward pass.
+
+        Chen et al., 2016. Less memory for a forward pass more.
+        """
         for block in self.blocks:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = functools.partial(
+                recompute_activations, block.forward, use_reentrant=False
+            )
 
     def count_parameters(self):
-        """Parameters, without the padding of the vocabulary: GPT-2's smallest has 124,439,808."""
+        """Without the padding of the vocabulary: the smallest GPT-2 has 124,439,808."""
         padding = self.config.padded_vocab_size - self.config.vocab_size
-        return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd * (2 - self.config.tied)
+        if not self.config.tie_weights:  # then wte and lm_head both have it
+            padding *= 2
+        padding *= self.config.n_embd
+        return sum(parameter.numel() for parameter in self.parameters()) - padding
 
     def flops_per_token(self):
-        """Floating-point operations of one training step, forward and backward, per token.
+        """Floating-point operations per token of a training step, forward and backward.
 
-        6 N + 12 · layers · heads · head_dim · context (Chowdhery et al., 2022, PaLM, appendix B), where N counts the
-        parameters of blocks and head. A frozen block has no backward pass, a frozen head only half of it.
+        6 N + 12 · layers · heads · head_dim · context (Chowdhery et al., 2022, PaLM, appendix B),
+        where N counts the parameters of blocks and lm_head: a multiplication and an addition in the
+        forward pass, twice that in the backward pass. A frozen block has no backward pass, since
+        nothing below it is trained either; a frozen lm_head lacks the gradient of its weights.
         """
-        c, passes = self.config, sum(3 if block.norm1.weight.requires_grad else 1 for block in self.blocks)
-        block = sum(p.numel() for p in self.blocks[0].parameters()) + 2 * c.n_head * c.head_dim * c.block_size
-        return 2 * passes * block + (6 if self.head.weight.requires_grad else 4) * c.vocab_size * c.n_embd
+        c = self.config
+        # Per token q meets block_size keys and as many values, each product of H · D terms.
+        attention = 2 * c.n_head * c.head_dim * c.block_size
+        flops = 0
+        for block in self.blocks:
+            is_frozen = not any(p.requires_grad for p in block.parameters())
+            n_parameters = sum(p.numel() for p in block.parameters())
+            flops += (2 if is_frozen else 6) * (n_parameters + attention)
+        lm_head_factor = 6 if self.lm_head.weight.requires_grad else 4
+        return flops + lm_head_factor * c.vocab_size * c.n_embd
+
+    # -----------------------------------------------------------------------------
+    # generation
 
     @torch.inference_mode()
-    def generate(self, idx, max_new_tokens, choose=None, compile=False):
-        """Yield max_new_tokens times the next token of each sequence, (B, 1), after the prompts idx, (B, T).
+    def generate(self, idx, max_new_tokens, compile=False, **sampling):
+        """Continue the prompts idx, (B, T): yield max_new_tokens times the next tokens, (B, 1).
 
-        choose(logits, tokens): the next token, (B, 1), by its logits, (B, vocab_size), and the tokens so far; None
-        takes the likeliest. compile: the step of one token. Only the last block_size tokens of a prompt are used.
-        Keys and values are cached until that window is full; then it slides, every token gets a new position, and each
-        step computes all of it. Nothing here waits for the device.
+        Call eval() first. sampling: arguments of sample_next, such as temperature and top_k.
+        compile: compile the decoding step. Of a long prompt the last block_size tokens are used.
+        Nothing in here makes the host wait for the device.
         """
-        c, idx = self.config, idx[:, -self.config.block_size :]
-        (B, T), S = idx.shape, min(c.block_size, idx.shape[1] + max_new_tokens)
-        cache = [tuple(pair) for pair in self.wte.weight.new_zeros(c.n_layer, 2, B, c.n_kv_head, S, c.head_dim)]
-        positions = torch.arange(S, device=idx.device)
+        block_size = self.config.block_size
+        idx = idx[:, -block_size:]
+        B, T = idx.shape
         tokens = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), 1)
-        choose = choose or (lambda logits, tokens: logits.argmax(-1, keepdim=True))
-        step = torch.compile(self.next_logits) if compile else self.next_logits
-        for n in range(T, T + max_new_tokens):
-            if n == T:
-                logits = self.next_logits(idx, positions[:T], cache)
-            elif n <= S:
-                logits = step(tokens[:, n - 1 : n], positions[n - 1 : n], cache)
-            else:
-                logits = self.next_logits(tokens[:, n - c.block_size : n])
-            tokens[:, n : n + 1] = token = choose(logits, tokens[:, :n])
-            yield token
+        length = min(block_size, T + max_new_tokens)
+        caches = [KVCache(self.config, B, length, self.wte.weight) for _ in self.blocks]
+        positions = torch.arange(length, device=idx.device)
+        decode = torch.compile(self.next_logits) if compile else self.next_logits
 
-    def next_logits(self, idx, positions=None, cache=None):
+        for n in range(T, T + max_new_tokens):  # n tokens so far
+            if n == T:  # prefill: the whole prompt at once
+                logits = self.next_logits(idx, positions[:n], caches)
+            elif n <= block_size:  # decode: one token; the others are in the cache
+                logits = decode(tokens[:, n - 1 : n], positions[n - 1 : n], caches)
+            else:  # the window slides: all positions change, so nothing in the cache is valid
+                logits = self.next_logits(tokens[:, n - block_size : n])
+            next_token = sample_next(logits, tokens[:, :n], **sampling)
+            tokens[:, n : n + 1] = next_token
+            yield next_token
+
+    def next_logits(self, idx, positions=None, caches=None):
         """The logits of the token after idx, (B, vocab_size)."""
-        return self.head(self.hidden(idx, positions, cache)[:, -1])[:, : self.config.vocab_size].float()
+        last = self.forward_hidden(idx, positions, caches)[:, -1]
+        return self.lm_head(last)[:, : self.config.vocab_size].float()
 
-    # Weights in and out: folders in the Hugging Face layout, config.json + model.safetensors.
-    def hf_tensors(self):
-        """{name in the Hugging Face layout: view of our parameter, without padding, in the shape it has there}.
-
-        Reading the views saves a model, copying into them loads one.
-        """
-        c, views = self.config, {}
-        for name, parameter in self.named_parameters():
-            tensor = parameter.detach()
-            if name in ('wte.weight', 'head.weight'):
-                tensor = tensor[: c.vocab_size]
-            for ours, theirs in (GPT2_NAMES if c.arch == 'gpt2' else LLAMA_NAMES).items():
-                name = name.replace(ours, theirs)
-            if c.arch == 'gpt2':  # its files store linear layers transposed, (in, out)
-                views[name] = tensor.T if '.c_' in name and tensor.dim() == 2 else tensor
-            elif '.qkv.' in name:
-                for part, view in zip('qkv', tensor.split(self.blocks[0].attn.qkv.rows), strict=True):
-                    views[name.replace('.qkv.', f'.{part}_proj.')] = view
-            elif '.fc.' in name:
-                for part, view in zip(('gate', 'up'), tensor.chunk(2), strict=True):
-                    views[name.replace('.fc.', f'.{part}_proj.')] = view
-            else:
-                views[name] = tensor
-        return views
-
-    def save_pretrained(self, folder, end_of_text=None):
-        """Write config.json and model.safetensors into a folder that `transformers` opens. end_of_text: its id."""
-        c = self.config
-        config = {'architectures': [ARCHITECTURES[c.arch]], 'model_type': c.arch, 'tie_word_embeddings': c.tied}
-        config |= {'bos_token_id': end_of_text, 'eos_token_id': end_of_text, 'dtype': str(self.wte.weight.dtype)[6:]}
-        # These two are ours: transformers' GPT-2 always has biases, and finds zeros.
-        config |= {'dropout': c.dropout, 'bias': c.bias}
-        if c.arch == 'gpt2':
-            config |= {'activation_function': 'gelu_new'} | {f'{x}_pdrop': c.dropout for x in ('attn', 'embd', 'resid')}
-        else:
-            config |= {'hidden_act': 'silu', 'rope_parameters': {'rope_type': 'default', 'rope_theta': c.rope_theta}}
-        names = GPT2_CONFIG if c.arch == 'gpt2' else LLAMA_CONFIG
-        config |= {theirs: getattr(c, ours) for ours, theirs in names.items()}
-        with open(os.path.join(folder, 'config.json'), 'w', encoding='utf-8') as file:
-            json.dump(config, file, indent=2)
-        weights = {name: tensor.cpu().contiguous() for name, tensor in self.hf_tensors().items()}
-        if c.arch == 'gpt2' and not c.bias:
-            for name in [name for name in weights if '.ln_' in name or '.c_' in name]:
-                weights[name.replace('.weight', '.bias')] = weights[name].new_zeros(weights[name].shape[-1])
-        save_file(weights, os.path.join(folder, 'model.safetensors'), metadata={'format': 'pt'})
+    # -----------------------------------------------------------------------------
+    # weights in and out; their format is the last part of this file
 
     @classmethod
     def from_pretrained(cls, source, **changes):
-        """A model with the weights of a local folder, or of a name in PUBLISHED, downloaded from the hub.
+        """The model of a local folder, or of a name in PUBLISHED, downloaded from the Hub.
 
-        changes: GPTConfig fields to override, dropout=0.1 for instance; block_size can be made smaller.
-        Raises FileNotFoundError or ConnectionError, or ValueError that names what does not fit.
+        changes: fields of GPTConfig to override, such as dropout=0.1; block_size can only shrink.
+        Raises UserError when there is no such model, or when something does not fit.
         """
-        fields = read_config(folder := find_pretrained(source))
-        if (asked := changes.get('block_size', 1)) > fields['block_size']:
-            raise ValueError(f'block_size={asked} is more than the {fields["block_size"]} of {folder}.')
-        return cls(GPTConfig(**fields | changes)).load_weights(read_weights(folder), folder)
+        folder = find_pretrained(source)
+        config = read_config(folder)
+        block_size = changes.get('block_size', config.block_size)
+        if block_size > config.block_size:
+            raise UserError(f'block_size={block_size}, but {folder} has only {config.block_size}.')
+        model = cls(replace(config, **changes))
+        load_weights(model, read_weights(folder), folder)
+        return model
 
-    @torch.no_grad()
-    def load_weights(self, weights, source):
-        """Copy weights, {Hugging Face name: tensor}, into this model, returned. Raises ValueError unless they fit.
+    def save_pretrained(self, folder, end_of_text=None):
+        """Write config.json and model.safetensors, as `transformers` reads them.
 
-        Names may lack the prefix `transformer.` or `model.`. Attention masks, a copy of a tied head, and zero biases
-        for a model that has none are passed over; position embeddings may be longer than block_size.
+        end_of_text: its token id. Raises UserError, before it writes, for what would not be read
+        back as it is.
         """
-        prefix = 'transformer.' if self.config.arch == 'gpt2' else 'model.'
-        weights = {k if k.startswith((prefix, 'lm_head.')) else prefix + k: v for k, v in weights.items()}
-        problems = []
-        for name, target in self.hf_tensors().items():
-            tensor = weights.pop(name, None)
-            if tensor is not None and name.endswith('wpe.weight'):
-                tensor = tensor[: self.config.block_size]
-            if tensor is None:
-                problems.append(f'{name} is missing')
-            elif tensor.shape != target.shape:
-                problems.append(f'{name} is {tuple(tensor.shape)}, not {tuple(target.shape)}')
-            else:
-                target.copy_(tensor)
-        for name, tensor in weights.items():
-            mask = name.endswith(('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq'))
-            head = self.config.tied and name == 'lm_head.weight'
-            none = not self.config.bias and name.endswith('.bias') and not tensor.any()
-            if not (mask or head or none):
-                problems.append(f'{name} is not expected')
-        if problems:
-            more = f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''
-            raise ValueError(f'The weights in {source} do not fit: {"; ".join(problems[:3])}{more}.')
-        return self
+        check_round_trip(self)
+        with open(os.path.join(folder, 'config.json'), 'w', encoding='utf-8') as file:
+            json.dump(to_hf_config(self, end_of_text), file, indent=2)
+        weights = {name: view.cpu().contiguous() for name, view in hf_tensors(self).items()}
+        if self.config.arch == 'gpt2' and not self.config.bias:
+            add_zero_biases(weights)
+        save_file(weights, os.path.join(folder, 'model.safetensors'), metadata={'format': 'pt'})
 
 
-# Names here and in Hugging Face's files: parameters, then fields of config.json.
-GPT2_NAMES = {
-    'wte.': 'transformer.wte.', 'wpe.': 'transformer.wpe.', 'norm_f.': 'transformer.ln_f.', '.norm1.': '.ln_1.',
-    'blocks.': 'transformer.h.', '.norm2.': '.ln_2.', '.qkv.': '.c_attn.', '.fc.': '.c_fc.', '.proj.': '.c_proj.',
+def make_rope(config):
+    """cos and sin of the angles of all positions, each (block_size, D)."""
+    D = config.head_dim
+    frequencies = 1 / config.rope_theta ** (torch.arange(0, D, 2).float() / D)
+    angles = torch.outer(torch.arange(config.block_size).float(), frequencies).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+class KVCache:
+    """The keys and values of one block for `length` tokens, so that a step computes one token."""
+
+    def __init__(self, config, batch_size, length, like):
+        self.keys = like.new_zeros(batch_size, config.n_kv_head, length, config.head_dim)
+        self.values = torch.zeros_like(self.keys)
+        self.positions = torch.arange(length, device=like.device)
+
+    def update(self, positions, k, v):
+        """Store k and v, (B, KV, T, D), at `positions`, (T,). Return all, (B, KV, S, D) each."""
+        return self.keys.index_copy_(2, positions, k), self.values.index_copy_(2, positions, v)
+
+
+def sample_next(
+    logits, tokens=None, generator=None, temperature=1.0, top_k=None, top_p=None, min_p=None,
+    repetition_penalty=1.0,
+):  # fmt: skip
+    """Draw the next token of each row of logits, (B, V). Returns (B, 1).
+
+    In this order:
+    repetition_penalty: makes the `tokens` so far, (B, n), less likely: divides their positive
+        logits, multiplies the negative ones (CTRL; Keskar et al., 2019)
+    temperature: divides the logits; 0 takes the most likely token
+    top_k: keep the k most likely tokens, exactly k
+    top_p: keep the fewest that have at least this probability together (nucleus sampling; Holtzman
+        et al., 2020)
+    min_p: keep those at least this fraction as likely as the most likely (Nguyen et al., 2024)
+    """
+    if repetition_penalty != 1:
+        seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, tokens, True)
+        penalty = repetition_penalty
+        penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
+        logits = torch.where(seen, penalized, logits)
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / temperature
+
+    ids = None  # of the candidates, where these are not simply all tokens
+    if top_k is not None or top_p is not None:
+        V = logits.shape[-1]
+        logits, ids = logits.topk(min(top_k or V, V))  # the most likely first
+    probabilities = logits.softmax(-1)
+    if top_p is not None:
+        mass_before = probabilities.cumsum(-1) - probabilities  # of those more likely
+        probabilities = probabilities.masked_fill(mass_before >= top_p, 0)
+    if min_p is not None:
+        lowest = min_p * probabilities.amax(-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < lowest, 0)
+
+    # With exponential noise, the largest p / noise is a sample from p (Gumbel-max sampling). Unlike
+    # torch.multinomial this does not make the host wait for the device.
+    noise = torch.empty_like(probabilities).exponential_(generator=generator)
+    drawn = (probabilities / noise).argmax(-1, keepdim=True)
+    return drawn if ids is None else ids.gather(-1, drawn)
+
+
+# -----------------------------------------------------------------------------
+# loss
+
+
+def token_loss(logits, targets, reduction='mean', training=False):
+    """Cross-entropy in nats; logits (..., V), targets (...). Every loss is computed here.
+
+    To change it, add terms before the last line; torch differentiates them, also when the loss is
+    computed in chunks. For example a z-loss (Chowdhery et al., 2022, PaLM), in training alone:
+
+        if training:
+            z = logits.logsumexp(-1).square()
+            loss = loss + 1e-4 * reduce_loss(z, flat_targets, reduction)
+    """
+    logits = upcast(logits).flatten(0, -2)
+    flat_targets = targets.flatten()
+    loss = F.cross_entropy(logits, flat_targets, ignore_index=IGNORE, reduction=reduction)
+    return loss.view_as(targets) if reduction == 'none' else loss
+
+
+def reduce_loss(losses, targets, reduction):
+    """The losses of single tokens, reduced as F.cross_entropy does: 'none', 'sum' or 'mean'."""
+    is_target = (targets != IGNORE).flatten()
+    losses = torch.where(is_target, losses.flatten(), 0.0)
+    if reduction == 'none':
+        return losses.view_as(targets)
+    return losses.sum() / (1 if reduction == 'sum' else is_target.sum())
+
+
+def upcast(x):
+    """To float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def chunked_loss(model, x, targets, reduction):
+    """token_loss of model.logits(x), x (B, T, C), without having all logits at once.
+
+    It saves memory under no_grad, and for the mean; unreduced losses with gradients keep them all.
+    """
+    x = x.flatten(0, 1)
+    flat_targets = targets.flatten()
+    # Half as many logits per chunk, since their gradient is there at the same time.
+    rows = max(1, MAX_LOGITS // 2 // model.config.padded_vocab_size)
+    if reduction == 'mean' and torch.is_grad_enabled():
+        weight, bias = model.lm_head.weight, model.pad_mask
+        return ChunkedLoss.apply(x, weight, bias, flat_targets, rows, model.training)
+    losses = []
+    for x_chunk, chunk_targets in zip(x.split(rows), flat_targets.split(rows), strict=True):
+        losses.append(token_loss(model.logits(x_chunk), chunk_targets, 'none', model.training))
+    return reduce_loss(torch.cat(losses), targets, reduction)
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """The mean token_loss of F.linear(x, weight, bias), some rows at a time, with less memory.
+
+    The logits of a chunk are gone by the backward pass, so the gradient with respect to them is
+    computed together with the loss ("fused linear cross-entropy"). For plain cross-entropy it is
+    softmax(logits) - one_hot(target); torch finds it for whatever token_loss computes. The
+    gradients of x and weight follow by the chain rule.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, targets, rows, training):
+        """x (N, C), weight (V, C), bias (V,) or None, targets (N,)."""
+        loss_and_gradient = torch.func.grad_and_value(token_loss)
+        total = 0.0
+        x_gradients = []
+        weight_gradient = None
+        if ctx.needs_input_grad[1]:  # not when it is frozen
+            weight_gradient = upcast(torch.zeros_like(weight))
+
+        for x_chunk, chunk_targets in zip(x.split(rows), targets.split(rows), strict=True):
+            logits = upcast(F.linear(x_chunk, weight, bias))  # (rows, V)
+            d_logits, loss = loss_and_gradient(logits, chunk_targets, 'sum', training)
+            total = total + loss
+            # Under autocast, or with 16-bit weights (FSDP): 16-bit products, a 32-bit sum.
+            is_mixed = torch.is_autocast_enabled(x.device.type) or x.dtype != logits.dtype
+            if is_mixed:
+                d_logits = d_logits.to(x.dtype)
+            x_gradients.append((d_logits @ weight).to(x.dtype))
+            if weight_gradient is not None and is_mixed:
+                weight_gradient += d_logits.mT @ x_chunk
+            elif weight_gradient is not None:
+                weight_gradient.addmm_(d_logits.mT, x_chunk)
+            del logits, d_logits  # before the next chunk has its own
+
+        ctx.n_targets = (targets != IGNORE).sum()
+        ctx.weight_dtype = weight.dtype
+        ctx.save_for_backward(torch.cat(x_gradients), weight_gradient)
+        return total / ctx.n_targets
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        scale = d_loss / ctx.n_targets
+        x_gradient, weight_gradient = ctx.saved_tensors
+        x_gradient.mul_(scale)  # in place, to save memory: so there can be one backward pass only
+        if weight_gradient is not None:
+            weight_gradient = weight_gradient.mul_(scale).to(ctx.weight_dtype)
+        return x_gradient, weight_gradient, None, None, None, None
+
+
+# -----------------------------------------------------------------------------
+# weights in and out: folders in the layout of Hugging Face, config.json and model.safetensors
+
+# Our names of layers and theirs; several where they have separate layers for what is one here.
+GPT2_LAYERS = {
+    'wte': ['transformer.wte'],
+    'wpe': ['transformer.wpe'],
+    'blocks.{i}.norm1': ['transformer.h.{i}.ln_1'],
+    'blocks.{i}.attn.qkv': ['transformer.h.{i}.attn.c_attn'],
+    'blocks.{i}.attn.proj': ['transformer.h.{i}.attn.c_proj'],
+    'blocks.{i}.norm2': ['transformer.h.{i}.ln_2'],
+    'blocks.{i}.mlp.fc': ['transformer.h.{i}.mlp.c_fc'],
+    'blocks.{i}.mlp.proj': ['transformer.h.{i}.mlp.c_proj'],
+    'norm_f': ['transformer.ln_f'],
+}
+_ATTN = 'model.layers.{i}.self_attn.'
+_MLP = 'model.layers.{i}.mlp.'
+LLAMA_LAYERS = {  # and qwen3
+    'wte': ['model.embed_tokens'],
+    'blocks.{i}.norm1': ['model.layers.{i}.input_layernorm'],
+    'blocks.{i}.attn.qkv': [_ATTN + 'q_proj', _ATTN + 'k_proj', _ATTN + 'v_proj'],
+    'blocks.{i}.attn.q_norm': [_ATTN + 'q_norm'],
+    'blocks.{i}.attn.k_norm': [_ATTN + 'k_norm'],
+    'blocks.{i}.attn.proj': [_ATTN + 'o_proj'],
+    'blocks.{i}.norm2': ['model.layers.{i}.post_attention_layernorm'],
+    'blocks.{i}.mlp.fc': [_MLP + 'gate_proj', _MLP + 'up_proj'],
+    'blocks.{i}.mlp.proj': [_MLP + 'down_proj'],
+    'norm_f': ['model.norm'],
+    'lm_head': ['lm_head'],
+}
+
+# Our fields and theirs; a field of GPTConfig that is not here has the same name in config.json.
+GPT2_FIELDS = {
+    'block_size': 'n_positions', 'intermediate_size': 'n_inner', 'norm_eps': 'layer_norm_epsilon',
+    'tie_weights': 'tie_word_embeddings',
 }  # fmt: skip
-LLAMA_NAMES = {
-    'wte.': 'model.embed_tokens.', 'blocks.': 'model.layers.', 'norm_f.': 'model.norm.', 'head.': 'lm_head.',
-    '.norm1.': '.input_layernorm.', '.norm2.': '.post_attention_layernorm.',
-    'attn.proj.': 'self_attn.o_proj.', '.attn.': '.self_attn.', 'mlp.proj.': 'mlp.down_proj.',
+LLAMA_FIELDS = {
+    'block_size': 'max_position_embeddings', 'n_layer': 'num_hidden_layers',
+    'n_head': 'num_attention_heads', 'n_kv_head': 'num_key_value_heads', 'n_embd': 'hidden_size',
+    'norm_eps': 'rms_norm_eps', 'tie_weights': 'tie_word_embeddings',
 }  # fmt: skip
-GPT2_CONFIG = {
-    'vocab_size': 'vocab_size', 'block_size': 'n_positions', 'n_layer': 'n_layer', 'n_head': 'n_head',
-    'n_embd': 'n_embd', 'n_hidden': 'n_inner', 'norm_eps': 'layer_norm_epsilon',
+# What a config.json must have.
+REQUIRED = {'vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd', 'norm_eps'}
+# What transformers computes with. A field that you add to GPTConfig does not belong here.
+TRANSFORMERS_FIELDS = REQUIRED | {
+    'arch', 'dropout', 'bias', 'n_kv_head', 'head_dim', 'intermediate_size', 'rope_theta',
+    'tie_weights',
 }  # fmt: skip
-LLAMA_CONFIG = {
-    'vocab_size': 'vocab_size', 'block_size': 'max_position_embeddings', 'n_layer': 'num_hidden_layers',
-    'n_head': 'num_attention_heads', 'n_kv_head': 'num_key_value_heads', 'head_dim': 'head_dim',
-    'n_embd': 'hidden_size', 'n_hidden': 'intermediate_size', 'norm_eps': 'rms_norm_eps',
+
+# Other entries of a config.json, and the only value that is supported here.
+IMPLEMENTED = {
+    'activation_function': 'gelu_new', 'hidden_act': 'silu', 'attention_bias': False,
+    'mlp_bias': False, 'use_sliding_window': False, 'scale_attn_by_inverse_layer_idx': False,
+    'rope_type': 'default',
 }  # fmt: skip
+
+
+def hf_fields(arch):
+    """{field of GPTConfig: its name in config.json}."""
+    names = GPT2_FIELDS if arch == 'gpt2' else LLAMA_FIELDS
+    return {field.name: names.get(field.name, field.name) for field in fields(GPTConfig)}
+
+
+def hf_names(name, arch):
+    """Their names of a parameter of ours; [] when their model does not have it."""
+    layer, _, kind = name.rpartition('.')
+    i = ''
+    if layer.startswith('blocks.') and layer.count('.') > 1:
+        _, i, layer_in_block = layer.split('.', 2)
+        layer = 'blocks.{i}.' + layer_in_block
+    layers = GPT2_LAYERS if arch == 'gpt2' else LLAMA_LAYERS
+    if layer not in layers or (kind == 'bias' and arch != 'gpt2'):
+        return []
+    return [f'{theirs.format(i=i)}.{kind}' for theirs in layers[layer]]
+
+
+def hf_tensors(model):
+    """{name in their layout: view of our parameter, without padding, in the shape it has there}.
+
+    Reading the views saves a model, copying into them loads one. A parameter that their model does
+    not have keeps our name.
+    """
+    c = model.config
+    views = {}
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach()
+        if name in ('wte.weight', 'lm_head.weight'):
+            tensor = tensor[: c.vocab_size]
+        names = hf_names(name, c.arch) or [name]
+        is_conv1d = '.c_' in names[0] and tensor.dim() == 2  # GPT-2's linear layers
+        if is_conv1d:
+            tensor = tensor.T  # stored as (in, out)
+        parts = [tensor]
+        if len(names) > 1:
+            layer = model.get_submodule(name.rpartition('.')[0])
+            parts = tensor.split(layer.out_sizes)
+        views.update(zip(names, parts, strict=True))
+    return views
+
+
+def add_zero_biases(weights):
+    """Give a GPT-2 without biases those of transformers' GPT-2, which always has them."""
+    for name, tensor in list(weights.items()):
+        if '.ln_' in name or '.c_' in name:
+            weights[name.replace('.weight', '.bias')] = tensor.new_zeros(tensor.shape[-1])
+
+
+def transformers_has_it(model):
+    """Whether transformers has the same model: no parameter, and no field in use, was added."""
+    names_known = all(hf_names(name, model.config.arch) for name, _ in model.named_parameters())
+    added = [field for field in fields(GPTConfig) if field.name not in TRANSFORMERS_FIELDS]
+    return names_known and all(getattr(model.config, f.name) == f.default for f in added)
+
+
+def to_hf_config(model, end_of_text=None):
+    """The contents of config.json, all fields of GPTConfig among them."""
+    c = model.config
+    # transformers must not take a changed model for its own, so that has another name.
+    model_type = c.arch if transformers_has_it(model) else 'flatgpt'
+    config = {theirs: getattr(c, ours) for ours, theirs in hf_fields(c.arch).items()}
+    architecture = ARCHITECTURES.get(model_type, model_type)
+    dtype = str(model.wte.weight.dtype).removeprefix('torch.')
+    config.update(model_type=model_type, architectures=[architecture], dtype=dtype)
+    config.update(bos_token_id=end_of_text, eos_token_id=end_of_text)
+    if model_type == 'flatgpt':
+        config['fields'] = list(hf_fields(c.arch))
+    if c.arch == 'gpt2':
+        config.update(activation_function='gelu_new')
+        config.update(attn_pdrop=c.dropout, embd_pdrop=c.dropout, resid_pdrop=c.dropout)
+    else:
+        rope = {'rope_type': 'default', 'rope_theta': c.rope_theta}
+        config.update(hidden_act='silu', rope_parameters=rope)
+    return config
+
+
+def from_hf_config(config):
+    """A GPTConfig. Raises UserError for what is not implemented, KeyError for what is missing."""
+    arch = config['arch'] if config['model_type'] == 'flatgpt' else config['model_type']
+    if arch not in ARCHITECTURES:
+        raise UserError(f"model_type='{arch}' is not one of {', '.join(ARCHITECTURES)}.")
+    rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
+    asked = {'rope_type': rope.get('rope_type', rope.get('type', 'default')), **config}
+    for name, value in IMPLEMENTED.items():
+        if asked.get(name, value) != value:
+            raise UserError(f'{name}={asked[name]!r} is not implemented here, only {value!r}.')
+
+    for name in config.get('fields', ()):  # of a changed model
+        if name not in hf_fields(arch):
+            raise UserError(f'the model has a field {name}, which GPTConfig in model.py lacks.')
+
+    values = {'tie_weights': arch == 'gpt2'}  # where config.json does not say
+    for ours, theirs in hf_fields(arch).items():
+        if ours in REQUIRED and config.get(theirs) is None:
+            raise KeyError(theirs)
+        if theirs in config:  # the others have defaults, also in older files
+            values[ours] = config[theirs]
+    values['arch'] = arch
+    values['rope_theta'] = float(rope.get('rope_theta') or config.get('rope_theta') or 10000.0)
+    return GPTConfig(**values)
+
+
+def check_round_trip(model):
+    """Raise UserError when a model's files would not give the same model back."""
+    text = json.dumps(to_hf_config(model), default=repr)  # what JSON cannot hold will differ
+    config = from_hf_config(json.loads(text))
+    before = {name: view.shape for name, view in hf_tensors(model).items()}
+    with torch.device('meta'):  # without memory for its weights
+        after = {name: view.shape for name, view in hf_tensors(GPT(config)).items()}
+    before.update(asdict(model.config))
+    after.update(asdict(config))
+    differ = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    if differ:
+        raise UserError(
+            f'This model cannot be saved, reading it back would change {", ".join(differ[:3])}: '
+            'let GPT.__init__ make all parameters, from fields of GPTConfig that JSON can hold.'
+        )
 
 
 def read_config(folder):
-    """A folder's config.json as fields of a GPTConfig. Raises FileNotFoundError, ValueError for what is not known."""
+    """The GPTConfig of a folder. Raises UserError for a config.json that is missing or unknown."""
+    path = os.path.join(folder, 'config.json')
     try:
-        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as file:
-            config = json.load(file)
-        arch = config['model_type']
-        if arch not in ARCHITECTURES:
-            raise ValueError(f"A model of type '{arch}' cannot be opened here, only {', '.join(ARCHITECTURES)}.")
-        fields = {'arch': arch, 'tied': config.get('tie_word_embeddings', arch == 'gpt2')}
-        for ours, theirs in (GPT2_CONFIG if arch == 'gpt2' else LLAMA_CONFIG).items():
-            fields[ours] = config.get(theirs) if ours in ('n_hidden', 'n_kv_head', 'head_dim') else config[theirs]
-        fields |= {'dropout': config.get('dropout', 0.0), 'bias': arch == 'gpt2' and config.get('bias', True)}
-        rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
-        fields['rope_theta'] = float(rope.get('rope_theta') or config.get('rope_theta') or 10000.0)
-        GPTConfig(**fields)
+        with open(path, encoding='utf-8') as file:
+            return from_hf_config(json.load(file))
     except FileNotFoundError:
-        raise FileNotFoundError(f'{folder} is no model: it has no config.json.') from None
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f'{folder}/config.json is not of a model known here: {error!r}') from None
-    given = config | {'rope_type': rope.get('rope_type', rope.get('type', 'default'))}
-    expected = {'activation_function': 'gelu_new', 'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False}
-    expected |= {'use_sliding_window': False, 'scale_attn_by_inverse_layer_idx': False, 'rope_type': 'default'}
-    for name, value in expected.items():
-        if given.get(name, value) != value:
-            raise ValueError(f"This model has {name}={given[name]!r}, which is not implemented here, only {value!r}.")
-    return fields
+        raise UserError(f'{folder} is not a model folder (it has no config.json).') from None
+    except UserError as error:
+        raise UserError(f'{path}: {error}') from None
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise UserError(f'{path} is not that of a model known here: {error!r}') from None
 
 
 def read_weights(folder):
-    """{name: tensor} from a folder's safetensors, in one file or in shards with an index, or pytorch_model.bin."""
-    kinds = ('model.safetensors', 'pytorch_model.bin')
-    names = [name for kind in kinds for name in (f'{kind}.index.json', kind) if os.path.exists(f'{folder}/{name}')]
-    if not names:
-        raise FileNotFoundError(f'{folder} is no model: it has neither {" nor ".join(kinds)}.')
-    weights, file, names = {}, os.path.join(folder, names[0]), names[:1]
-    try:
-        if file.endswith('.json'):
-            with open(file, encoding='utf-8') as index:
-                names = {os.path.basename(shard) for shard in json.load(index)['weight_map'].values()}
-        for file in [os.path.join(folder, name) for name in sorted(names)]:
-            safe = file.endswith('.safetensors')
-            weights |= load_file(file) if safe else torch.load(file, map_location='cpu', weights_only=True)
-    except Exception as error:  # whatever a damaged file makes its reader raise
-        raise ValueError(f'{file} is damaged or incomplete ({type(error).__name__}): get it again.') from None
+    """{name: tensor} of all the safetensors in a folder, or else of its pytorch_model.bin."""
+    where = glob.escape(str(folder))
+    paths = glob.glob(f'{where}/model*.safetensors') or glob.glob(f'{where}/pytorch_model*.bin')
+    if not paths:
+        raise UserError(f'{folder} has neither model.safetensors nor pytorch_model.bin.')
+    weights = {}
+    for path in sorted(paths):
+        try:
+            if path.endswith('.safetensors'):
+                weights.update(load_file(path))
+            else:
+                weights.update(torch.load(path, map_location='cpu', weights_only=True))
+        except Exception as error:  # whatever a damaged file makes its reader raise
+            kind = type(error).__name__
+            raise UserError(f'{path} is damaged or incomplete ({kind}): get it again.') from None
     return weights
 
 
+@torch.no_grad()
+def load_weights(model, weights, source):
+    """Copy weights, {their name: tensor}, into a model. Raises UserError if any does not fit.
+
+    Names may lack the prefix `transformer.` or `model.`; position embeddings may be longer than
+    block_size. source: where the weights come from.
+    """
+    targets = hf_tensors(model)
+    prefix = 'transformer.' if model.config.arch == 'gpt2' else 'model.'
+    weights = {
+        name if name in targets or name.startswith((prefix, 'lm_head.')) else prefix + name: tensor
+        for name, tensor in weights.items()
+    }
+    problems = []
+    for name, target in targets.items():
+        tensor = weights.pop(name, None)
+        if tensor is None:
+            problems.append(f'{name} is missing')
+            continue
+        if name == 'transformer.wpe.weight':
+            tensor = tensor[: model.config.block_size]
+        if tensor.shape == target.shape:
+            target.copy_(tensor)
+        else:
+            problems.append(f'{name} is {tuple(tensor.shape)}, not {tuple(target.shape)}')
+    for name, tensor in weights.items():
+        if not is_redundant(name, tensor, model.config):
+            problems.append(f'{name} is not expected')
+    if problems:
+        more = f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''
+        raise UserError(f'The weights in {source} do not fit: {"; ".join(problems[:3])}{more}.')
+
+
+def is_redundant(name, tensor, config):
+    """Whether a tensor in a published file adds nothing to the model."""
+    if name.endswith(('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq')):
+        return True  # causal masks, and the frequencies of the rotary positions
+    if name == 'lm_head.weight':
+        return config.tie_weights
+    return name.endswith('.bias') and not config.bias and not tensor.any()
+
+
 def find_pretrained(source):
-    """The folder of a model: `source` itself, or the download of a name in PUBLISHED from the Hugging Face Hub."""
+    """The folder of a model: `source` itself, or the download of a name in PUBLISHED."""
     if source not in PUBLISHED:
         if not os.path.isdir(source):
-            raise FileNotFoundError(f'There is no folder {source}. Models known by name: {", ".join(PUBLISHED)}.')
+            names = ', '.join(PUBLISHED)
+            raise UserError(f'There is no folder {source}. Models known by name: {names}.')
         return source
     from huggingface_hub import snapshot_download
 
+    files = ['config.json', 'model.safetensors', 'tokenizer.json']
     try:
-        files = ['config.json', 'model.safetensors', 'tokenizer.json']
         return snapshot_download(f'openai-community/{source}', allow_patterns=files)
     except Exception as error:  # whatever the network makes it raise
-        raise ConnectionError(
-            f'{source} could not be downloaded from the Hugging Face Hub ({type(error).__name__}): connect to the '
-            f'internet, or name a folder that holds its {", ".join(files)} instead.'
+        raise UserError(
+            f'{source} could not be downloaded from the Hugging Face Hub ({type(error).__name__}): '
+            f'connect to the internet, or name a folder that has its {", ".join(files)}.'
         ) from None

@@ -1,310 +1,467 @@
-"""What a run tells, on the terminal, in log.jsonl, loss.png and config.py and to trackers; the signals that end it."""
+"""Logging: the terminal's table, log.jsonl, config.py, trackers and loss.png."""
 
 import contextlib
 import errno
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import time
 import uuid
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from configurator import end, nobody_reads
-from parallel import whole
-from plot import draw, read_log
-from sample import write
+import runtime
+from runtime import UserError
 from tokenizer import encode
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
+# The horizontal axes of a picture: the field of the log, and the label.
+X_FIELDS = {'steps': 'step', 'seconds': 'train_seconds', 'tokens': 'tokens'}
+X_LABELS = {'steps': 'step', 'seconds': 'seconds of training', 'tokens': 'tokens'}
 
-GPUS = {  # (16-bit TFLOP/s without sparsity, GiB), from the makers' data sheets
-    'T4': (65, 16), 'V100': (125, 16), 'A10': (125, 24), 'L4': (121, 24), 'L40S': (362, 48), 'A100': (312, 80),
-    'H100': (989, 80), 'H200': (989, 141), 'B200': (2250, 180), 'RTX3090': (71, 24), 'RTX4090': (165, 24),
-}  # fmt: skip
-stop = 0  # the signal that asked for an end
-_asked = 0.0  # when
 _bar = None  # the progress bar
-_drawn = time.monotonic(), 1.0  # when loss.png was last drawn, and the seconds that took; the first time a guess
-_send = _end = None  # a record to the tracker; the tracker's end
+_send = None  # sends a record to the tracker
+_close_tracker = None
+_tracked = {}  # {name: the step of its last value that was sent}
+_next_plot = time.monotonic() + 100  # when loss.png may be drawn again; at first a guess
 
 
-def obey_signals():
-    """Have SIGINT, SIGTERM and SIGHUP set `stop`, where they would have ended the process."""
-    for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):  # Windows has no SIGHUP, nohup ignores it
-        number = getattr(signal, name, signal.SIGTERM)
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, request_stop)
+# -----------------------------------------------------------------------------
+# the terminal
 
 
-def request_stop(number, frame):
-    """Let the step in progress finish, then save and exit. A second Ctrl-C ends the process at once."""
-    global stop, _asked
-    if stop == number == signal.SIGINT and time.monotonic() > _asked + 1:  # launchers pass on what a terminal has sent
-        os._exit(130)
-    stop, _asked = stop or number, _asked or time.monotonic()
+def print_line(text):
+    """Print a line at once. Where nobody reads any more, have the run save and exit.
 
-
-def say(text):
-    """Print a line at once. Where nobody reads any more, after `| head` or in a closed terminal, save and exit."""
+    That is after `| head`, or in a terminal that was closed.
+    """
     try:
         with tqdm.external_write_mode():
             print(text, flush=True)
     except OSError as error:
-        nobody_reads()
+        runtime.drop_output()
         if error.errno in (errno.EPIPE, errno.EIO):  # not a full disk
-            request_stop(signal.SIGTERM, None)
+            runtime.request_stop(signal.SIGTERM, None)
 
 
 def show_bar(step, max_iters, quiet):
-    """Draw a progress bar below the lines, where they go to a terminal; advance it to a step."""
+    """Draw a progress bar below the lines, if they go to a terminal; advance it to a step."""
     global _bar
     if _bar is None:
-        _bar = tqdm(total=max_iters, initial=step, ncols=80, leave=False, disable=quiet or None, unit='step')
+        off = True if quiet else None  # None: where there is no terminal
+        _bar = tqdm(total=max_iters, initial=step, unit='step', ncols=80, leave=False, disable=off)
     _bar.update(step - _bar.n)
 
 
-def log(path, **record):
-    """Add a record to a log, on a line of its own even if the one before was cut short by a full disk; track it."""
-    try:
-        with open(path, 'ab+') as file:
-            file.seek(max(0, file.tell() - 1))
-            cut = file.read(1) not in (b'', b'\n')
-            file.write(b'\n' * cut + json.dumps(record).encode() + b'\n')
-    except OSError as error:  # a full disk is no reason to stop training
-        say(f'{path} could not be written: {error}')
-    track(record)
+def print_headings(peak):
+    """Print the table's headings. peak: FLOP/s of all devices, or None where it is not known."""
+    unit = 'MFU' if peak else 'TFLOP/s'
+    print_line(f'\n     step  tokens     loss       lr grad norm  tokens/s{unit:>9}    GiB     ETA')
 
 
-def headings(peak):
-    speed = 'MFU' if peak else 'TFLOP/s'
-    say(f'\n{"step":>9}{"tokens":>8}{"loss":>9}{"lr":>10}{"grad":>7}{"tokens/s":>11}{speed:>9}{"GiB":>7}{"left":>8}')
+def print_progress(log_path, record, peak, seconds_left):
+    """Log a training step and print its row of the table. peak: as for print_headings."""
+    # JSON has neither NaN nor infinity: they are logged as null.
+    nulls = {name: None for name, value in record.items() if not math.isfinite(value)}
+    log(log_path, **{**record, **nulls})
+    speed = f'{record["tflops"]:.3g}'
+    if peak:
+        speed = f'{record["tflops"] * 1e12 / peak:.1%}'  # MFU, model FLOPs utilization
+    row = _first_cells(record['step'], record['tokens'], record['loss'])
+    row += f'{record["lr"]:>9.2e}{record["grad_norm"]:>10.2f}{record["tokens_per_second"]:>10,}'
+    row += f'{speed:>9}{record["gib"]:>7.2f}{duration(seconds_left):>8}'
+    print_line(row)
 
 
-def progress(path, record, peak, seconds_left):
-    """Log a step and print its line. peak: the FLOP/s of all devices, or None. What is not finite is logged as None."""
-    r = record
-    speed = f'{r["tflops"] * 1e12 / peak:.1%}' if peak else f'{r["tflops"]:.3g}'
-    log(path, **{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()})
-    say(
-        f'{r["step"]:>9,}{short(r["tokens"]):>8}{r["loss"]:>9.4f}{r["lr"]:>10.2e}{r["grad_norm"]:>7.2f}'
-        f'{r["tokens_per_second"]:>11,}{speed:>9}{r["gib"]:>7.2f}{duration(seconds_left):>8}'
-    )
-
-
-def validation(step, tokens, figures, saved=''):
-    """Print the line of an evaluation."""
-    bits, ppl = figures['bits_per_byte'], figures['perplexity'] or math.inf
+def print_validation(step, tokens, metrics, saved=''):
+    """Print the row of an evaluation. saved: what became of the checkpoint, if one was saved."""
+    ppl = metrics['perplexity'] or math.inf  # None: beyond all numbers
     ppl = f'{ppl:,.1f}' if ppl < 1e6 else f'{ppl:.3g}'
-    line = f'{step:>9,}{short(tokens):>8}{figures["val_loss"]:>9.4f}  validation, ppl {ppl}, '
-    say(f'{line}{bits:.3f} bits per byte' + (saved and f', {saved}'))
+    row = _first_cells(step, tokens, metrics['val_loss'])
+    row += f'  validation, ppl {ppl}, {metrics["bits_per_byte"]:.3f} bits per byte'
+    if saved:
+        row += f', {saved}'
+    print_line(row)
+
+
+def _first_cells(step, tokens, loss):
+    """Return the part of a row that a training step and an evaluation have in common."""
+    return f'{step:>9,}{human(tokens):>8}{loss:>9.4f}'
 
 
 def check_prompt(tokenizer, prompt, block_size):
-    """Raises ValueError for a sample_prompt that cannot be used."""
+    """Check that sample_prompt can be used with a dataset's tokenizer. Raises UserError."""
     try:
         n = len(encode(tokenizer, prompt))
-    except ValueError as error:
-        raise ValueError(f'sample_prompt={prompt!r} cannot be used with this dataset: {error}') from None
+    except UserError as error:
+        raise UserError(f'sample_prompt={prompt!r} does not suit the dataset: {error}') from None
     if not 0 < n <= block_size:
-        raise ValueError(f'sample_prompt has {n:,} tokens: it must have from 1 to block_size={block_size}.')
+        raise UserError(f'sample_prompt has {n:,} tokens: it needs 1 to block_size={block_size}.')
 
 
-def show_sample(path, step, model, tokenizer, prompt):
-    """Let a model write 100 tokens, and log them. It touches nothing random of the training."""
-    if model is not None:  # with FSDP it is in one piece in one process only
-        (sample,) = write(model.eval(), tokenizer, prompt, 1, length=100, temperature=0.8, top_k=200)
-        model.train()
-        shown = ''.join(c if c.isprintable() or c in '\n\t' else '\ufffd' for c in prompt + sample.text)
-        say(f'{shown}\n{"-" * 80}')
-        log(path, step=step, sample=prompt + sample.text)
+def print_sample(log_path, step, prompt, text):
+    """Print and log a sample: the prompt, and the text with which the model continues it."""
+    sample = prompt + text
+    # A control character could move the cursor.
+    controls = {ord(c): '\ufffd' for c in sample if not c.isprintable() and c not in '\n\t'}
+    print_line(sample.translate(controls) + '\n' + '-' * 80)
+    log(log_path, step=step, sample=sample)
 
 
-def summary(out_dir, tokens, state):
-    say(
-        f'\n{tokens:,} tokens in {duration(state["train_seconds"])} of training steps.\n'
-        f'Best validation loss {state["best_val_loss"]:.4f}, at step {state["best_step"]:,}.\n'
+def print_summary(out_dir, tokens, progress):
+    """Print what a finished run has done (a checkpoint.Progress), and how to sample from it."""
+    print_line(
+        f'\n{tokens:,} tokens in {duration(progress.train_seconds)} of training.\n'
+        f'Best validation loss {progress.best_val_loss:.4f}, at step {progress.best_step:,}.\n'
         f'{out_dir} has the checkpoints, loss.png and log.jsonl. Sample from it with:\n'
         f'python sample.py --out_dir={shlex.quote(out_dir)}'
     )
 
 
-def redraw(out_dir, step, last):
-    """Draw loss.png anew, and track it, but spend less than a hundredth of the time on it. What goes wrong is said."""
-    global _drawn
-    began, (ended, took) = time.monotonic(), _drawn
-    if not last and (not step or began - ended < 100 * took):
-        return
-    try:
-        picture = Path(out_dir, 'loss.png')
-        draw({out_dir: read_log(out_dir)}, str(picture))
-        _drawn = time.monotonic(), time.monotonic() - began
-        track({'step': step, 'picture': picture})
-    except Exception as error:  # whatever a plotting library raises
-        say(f'loss.png could not be drawn: {type(error).__name__}: {error}')
-
-
 def finish():
-    """The end of the bar, and of the tracker's run."""
+    """Close the bar and the tracker's run."""
     if _bar is not None:
         _bar.close()
-    if _end is not None:
+    if _close_tracker is not None:
         with contextlib.suppress(Exception):  # whatever a tracker raises
-            _end()
+            _close_tracker()
 
 
 def fail(message):
     """End the run with one sentence, below the bar."""
     finish()
-    end(message)
+    raise UserError(message)
 
 
-def start_tracker(kind, out_dir, config, step):
-    """Have what is logged sent to 'wandb' or 'tensorboard' too, after a resume in the same place.
+def human(count):
+    """Return 1234567 as 1.23M."""
+    return tqdm.format_sizeof(count) if count >= 1000 else str(count)
 
-    Raises ValueError, in one sentence, when that cannot be.
+
+def duration(seconds):
+    """Return seconds as 12m05s, or as 3h20m."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours}h{minutes:02}m' if hours else f'{minutes}m{seconds:02}s'
+
+
+# -----------------------------------------------------------------------------
+# the files of a run: log.jsonl, config.py
+
+
+def log(path, **record):
+    """Append a record to a log, and send it to the tracker."""
+    line = json.dumps(record).encode() + b'\n'
+    try:
+        with open(path, 'ab+') as file:
+            # A full disk may have cut the last line short: begin a new one.
+            file.seek(max(0, file.tell() - 1))
+            if file.read(1) not in (b'', b'\n'):
+                line = b'\n' + line
+            file.write(line)
+    except OSError as error:  # not a reason to stop training
+        print_line(f'{path} could not be written: {error}')
+    track(**record)
+
+
+def _read_lines(path):
+    """Yield the lines of a log with their records, (text, dict), except those cut short."""
+    with open(path, encoding='utf-8', errors='replace') as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError):  # cut short
+                record = json.loads(line)
+                if isinstance(record, dict) and isinstance(record.get('step'), int):
+                    yield line, record
+
+
+def read_log(folder):
+    """Return the records of a run's log.jsonl. Raises UserError where there are none."""
+    path = os.path.join(folder, 'log.jsonl')
+    if not os.path.exists(path):
+        raise UserError(f'There is no {path}: name the out_dir of a run.')
+    records = [record for _, record in _read_lines(path)]
+    if not records:
+        raise UserError(f'{path} has no steps yet.')
+    return records
+
+
+def truncate_log(path, step, last_eval_step):
+    """Cut a log back to where a run resumes: what came later is about to happen again.
+
+    Records of steps up to `step` stay, those of evaluations up to `last_eval_step`: a run that was
+    saved between the two evaluates again. Lines that were cut short go.
     """
-    global _send, _end
-    try:
-        if kind == 'tensorboard':
-            from matplotlib.image import imread
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(os.path.join(out_dir, 'tensorboard'), purge_step=step + 1 if step else 0)
-
-            def _send(record):
-                for name, value in record.items():
-                    if isinstance(value, str):
-                        writer.add_text(name, value, record['step'])
-                    elif isinstance(value, Path):
-                        writer.add_image(name, imread(value), record['step'], dataformats='HWC')
-                    elif value is not None and name != 'step':
-                        writer.add_scalar(name, value, record['step'])
-                writer.flush()
-
-            _end = writer.close
-            if not step:
-                writer.add_text('config', '\n'.join(f'    {name} = {value!r}' for name, value in config.items()), 0)
-        elif kind == 'wandb':
-            import wandb
-
-            path = os.path.join(out_dir, 'wandb_id')
-            if not step or not os.path.exists(path):
-                replace(path, [uuid.uuid4().hex[:8]])
-            with open(path, encoding='utf-8') as file:
-                settings = wandb.Settings(console='off', init_timeout=30)
-                names = {'project': os.environ.get('WANDB_PROJECT', 'flatgpt'), 'name': Path(out_dir).resolve().name}
-                names |= {'dir': out_dir, 'id': file.read()}
-                run = wandb.init(resume='allow', config=config, settings=settings, **names)
-
-            _end = run.finish
-
-            def _send(record):
-                record = {k: wandb.Image(str(v)) if isinstance(v, Path) else v for k, v in record.items()}
-                run.log({k: v for k, v in record.items() if k != 'step' and v is not None}, step=record['step'])
-    except ImportError:
-        raise ValueError(f"tracker='{kind}' needs a package: pip install {kind}") from None
-    except Exception as error:  # whatever a tracker raises
-        hint = ': log in with wandb login, or set WANDB_MODE=offline and send it later' if kind == 'wandb' else ''
-        raise ValueError(f'{kind} cannot be used ({type(error).__name__}: {str(error)[:100]}){hint}.') from None
-
-
-def track(record):
-    """Send a record to the tracker, if there is one. When that fails it is not tried again, and training goes on."""
-    global _send
-    if _send is not None:
-        try:
-            _send(record)
-        except Exception as error:  # whatever a tracker raises
-            _send = None
-            say(f'The tracker failed and is not used any more: {type(error).__name__}: {str(error)[:100]}')
-
-
-def peak_flops(device, dtype):
-    """The FLOP/s of a device that is known, else None."""
-    if torch.device(device).type != 'cuda' or dtype == 'float32':
-        return None
-    words = torch.cuda.get_device_name(device).replace('RTX ', 'RTX').replace('-', ' ').split()
-    slower = {'PCIe', 'NVL', 'Laptop', 'D', 'Ti', 'SUPER'}  # than their namesakes
-    found = [GPUS[word][0] * 1e12 for word in words if word in GPUS and not slower & set(words)]
-    return found[0] if found else None
-
-
-def synchronize(device):
-    """Wait until a device has done all that it was given."""
-    if (kind := torch.device(device).type) in ('cuda', 'mps'):
-        getattr(torch, kind).synchronize()
-
-
-def memory(device):
-    """GiB: the most that was used so far, of the device on CUDA, else by the process."""
-    if torch.device(device).type == 'cuda':
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    own = peak_of('self')  # on Linux, the other figure may be that of who started this process; on macOS it is in bytes
-    return own or (math.nan if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30)
-
-
-def peak_of(process):
-    """GiB: the most memory a process has had so far; 0 where /proc does not say."""
-    try:
-        return int(re.search(r'VmHWM:\s+(\d+)', Path(f'/proc/{process}/status').read_text())[1]) / 2**20
-    except (OSError, TypeError):  # it has just ended
-        return 0
-
-
-def norms(model):
-    """{name: the norm of its parameters, or of their gradients}, for each block and what is around them."""
-    parts = {}
-    for name, parameter in model.named_parameters():
-        part = '.'.join(name.split('.')[: 2 if name.startswith('blocks.') else 1])
-        parts.setdefault(f'norm/{part}', []).append(parameter.detach())
-        if parameter.grad is not None:
-            parts.setdefault(f'grad_norm/{part}', []).append(parameter.grad)
-    return {name: float(whole(torch.nn.utils.get_total_norm(tensors))) for name, tensors in parts.items()}
-
-
-def continue_log(path, step, evaluated):
-    """Keep the whole lines of a log up to a step, the last it evaluated: what came after is about to happen again."""
-    lines = []
+    kept = []
     if os.path.exists(path):
-        with open(path, encoding='utf-8', errors='replace') as file:
-            for line in file:
-                with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that was cut short
-                    record = json.loads(line)
-                    if line[-1] == '\n' and record['step'] <= (evaluated if 'val_loss' in record else step):
-                        lines.append(line)
-    replace(path, lines)
+        for line, record in _read_lines(path):
+            last = last_eval_step if 'val_loss' in record else step
+            if line.endswith('\n') and record['step'] <= last:
+                kept.append(line)
+    replace_file(path, kept)
 
 
 def write_config(path, config, step):
-    """The knobs of a run, as a config file."""
-    head = f'# The knobs of this run, since step {step}. To go on: python train.py THIS_FILE --init_from=resume\n'
-    head += '# To repeat it: python train.py THIS_FILE --out_dir=ANOTHER\n'
-    replace(path, [head, *(f'{name} = {value!r}\n' for name, value in config.items())])
+    """Write the knobs of a run as a config file, which finds the run again where it was moved."""
+    knobs = ''.join(f'{name} = {value!r}\n' for name, value in config.items())
+    text = f"""# The knobs of this run, since step {step}.
+# To resume it: python train.py THIS_FILE --init_from=resume
+# To repeat it: python train.py THIS_FILE --out_dir=ANOTHER
+{knobs}
+# A run that was copied or moved resumes where it is now, in the folder of this file.
+from pathlib import Path
+
+_folder = Path(__file__).parent
+_run = [*_folder.glob('log.jsonl'), *_folder.glob('step_*'), *_folder.glob('weights_*')]
+if _run:
+    out_dir = str(_folder)
+"""
+    replace_file(path, [text])
 
 
-def replace(path, lines):
+def replace_file(path, lines):
     """Write a text file that is never seen half-written."""
     with open(path + '.tmp', 'w', encoding='utf-8') as file:
         file.writelines(lines)
     os.replace(path + '.tmp', path)
 
 
-def short(count):
-    """1234567 as 1.23M."""
-    return tqdm.format_sizeof(count) if count >= 1000 else str(count)
+# -----------------------------------------------------------------------------
+# trackers
 
 
-def duration(seconds):
-    """12m05s, or 3h20m."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f'{hours}h{minutes:02}m' if hours else f'{minutes}m{seconds:02}s'
+def start_tracker(kind, out_dir, config, step):
+    """Have all that is logged sent to 'wandb' or 'tensorboard' as well; 'none': to neither.
+
+    A run that resumes, at a step > 0, continues its record there. Raises UserError where a tracker
+    cannot be used.
+    """
+    global _send, _close_tracker
+    try:
+        if kind == 'tensorboard':
+            _send, _close_tracker = _start_tensorboard(out_dir, config, step)
+        elif kind == 'wandb':
+            _send, _close_tracker = _start_wandb(out_dir, config, step)
+    except ImportError:
+        raise UserError(f"tracker='{kind}' needs a package: pip install {kind}") from None
+    except Exception as error:  # whatever a tracker raises
+        hint = ''
+        if kind == 'wandb':
+            hint = ': log in with wandb login, or set WANDB_MODE=offline and upload the run later'
+        raise UserError(f'{kind} cannot be used ({_brief(error)}){hint}.') from None
+
+
+def _brief(error):
+    return f'{type(error).__name__}: {str(error)[:100]}'
+
+
+def _start_tensorboard(out_dir, config, step):
+    """Return the functions send(step, values), which sends a record, and close()."""
+    from matplotlib.image import imread
+    from torch.utils.tensorboard import SummaryWriter
+
+    purge_step = step + 1 if step else 0
+    writer = SummaryWriter(os.path.join(out_dir, 'tensorboard'), purge_step=purge_step)
+    if step == 0:
+        # Indented: TensorBoard reads Markdown.
+        knobs = '\n'.join(f'    {name} = {value!r}' for name, value in config.items())
+        writer.add_text('config', knobs, 0)
+
+    def send(step, values):
+        for name, value in values.items():
+            if isinstance(value, str):
+                writer.add_text(name, value, step)
+            elif isinstance(value, Path):
+                writer.add_image(name, imread(value), step, dataformats='HWC')
+            else:
+                writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return send, writer.close
+
+
+def _start_wandb(out_dir, config, step):
+    """Return the functions send(step, values), which sends a record, and close()."""
+    import wandb
+
+    # The id under which the run is known there is kept, so that a resumed run is the same one.
+    id_path = Path(out_dir, 'wandb_id')
+    if step == 0 or not id_path.exists():
+        replace_file(str(id_path), [uuid.uuid4().hex[:8]])
+    run = wandb.init(
+        project=os.environ.get('WANDB_PROJECT', 'flatgpt'),
+        id=id_path.read_text(encoding='utf-8'), resume='allow', name=Path(out_dir).resolve().name,
+        dir=out_dir, config=config, settings=wandb.Settings(console='off', init_timeout=30),
+    )  # fmt: skip
+
+    def send(step, values):
+        pictures = {name: wandb.Image(str(v)) for name, v in values.items() if isinstance(v, Path)}
+        run.log({**values, **pictures}, step=step)
+
+    return send, run.finish
+
+
+def track(step, **values):
+    """Send a record to the tracker, if there is one. One that fails is not used again.
+
+    Each name is sent once per step: `train_seconds` is in a step's record and in its evaluation's.
+    """
+    global _send
+    if _send is None:
+        return
+    new = {name: v for name, v in values.items() if v is not None and _tracked.get(name) != step}
+    _tracked.update(dict.fromkeys(new, step))
+    try:
+        _send(step, new)
+    except Exception as error:  # whatever a tracker raises
+        _send = None
+        print_line(f'The tracker failed and is not used any more: {_brief(error)}')
+
+
+# -----------------------------------------------------------------------------
+# loss.png
+
+
+def update_plot(out_dir, step, done):
+    """Draw loss.png anew and track it: at the end, and before in at most 1 % of the time.
+
+    An error is printed; training continues.
+    """
+    global _next_plot
+    started = time.monotonic()
+    if not done and (step == 0 or started < _next_plot):
+        return
+    try:
+        picture = Path(out_dir, 'loss.png')
+        draw({out_dir: read_log(out_dir)}, str(picture))
+        now = time.monotonic()
+        _next_plot = now + 100 * (now - started)
+        track(step, picture=picture)
+    except Exception as error:  # whatever a plotting library raises
+        print_line(f'loss.png could not be drawn: {type(error).__name__}: {error}')
+
+
+def draw(runs, path, x='steps'):
+    """Draw runs as a PNG: loss above, learning rate and gradient norm below.
+
+    runs: {label: the records of its log}. x: the horizontal axis, 'steps', 'seconds' (of training)
+    or 'tokens'; it shows the records that have this number. Raises UserError for a run without any.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6), dpi=110)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    figure.subplots_adjust(left=0.1, right=0.92, top=0.91, bottom=0.08, hspace=0.06)
+    right = below.twinx()
+    for number, (name, records) in enumerate(runs.items()):
+        points = _points(name, records, x)
+        train = [p for p in points if p.get('loss') is not None]
+        val = [p for p in points if p.get('val_loss') is not None]
+        color = f'C{number}'
+        val_color = 'black'
+        label = ''
+        if len(runs) > 1:
+            val_color = color
+            label = f'{name}, '.replace('$', r'\$').lstrip('_')  # no formulas, and not hidden
+        if train:
+            _draw_training(above, below, right, train, label, color)
+        if val:
+            _draw_validation(above, val, label, val_color)
+        skipped = max(p.get('skipped_steps', 0) for p in points)
+        if skipped:
+            above.plot([], [], ' ', label=f'{label}skipped steps: {skipped:,}')
+
+    _fit_losses(above, runs)
+    above.set_ylabel('loss, nats per token')
+    above.grid(alpha=0.25)
+    if above.get_legend_handles_labels()[0]:
+        above.legend(frameon=False, loc='upper right')
+    below.set(ylabel='learning rate', xlabel=X_LABELS[x], ylim=(0, None))
+    below.grid(alpha=0.25)
+    right.set(ylabel='gradient norm (faint)', ylim=(0, None))
+    _format_x(above, below, runs, x)
+    figure.savefig(path + '.tmp', format='png')
+    os.replace(path + '.tmp', path)
+
+
+def _points(name, records, x):
+    """Return those of a run's records that have a place on the horizontal axis, with it as 'x'."""
+    field = X_FIELDS[x]
+    rate = _tokens_per_step(records)
+    if rate is not None:  # then the evaluations have theirs, too
+        records = [{'tokens': record['step'] * rate, **record} for record in records]
+    points = [{**r, 'x': r[field]} for r in records if r.get(field) is not None]
+    if not points:
+        raise UserError(f'The log of {name} has no {field}: draw it over steps.')
+    return points
+
+
+def _tokens_per_step(records):
+    """Return the tokens of every step; None where batches have changed or nothing was logged."""
+    rates = {r['tokens'] // r['step'] for r in records if r['step'] and r.get('tokens')}
+    return rates.pop() if len(rates) == 1 else None
+
+
+def _draw_training(above, below, right, train, label, color):
+    """Draw the losses of a run, faint and smoothed, its learning rates and gradient norms."""
+    xs = [p['x'] for p in train]
+    losses = [p['loss'] for p in train]
+    smoothed = smooth(losses, len(losses) / 20)
+    above.plot(xs, losses, color=color, alpha=0.25, linewidth=0.8)
+    above.plot(xs, smoothed, color=color, linewidth=1.2, label=f'{label}training')
+    below.plot(xs, [p.get('lr') for p in train], color=color)
+    right.plot(xs, [p.get('grad_norm') for p in train], color=color, alpha=0.4, linewidth=0.8)
+
+
+def _draw_validation(axes, val, label, color):
+    """Draw the validation losses of a run, with a star at the best."""
+    best = min(val, key=lambda p: p['val_loss'])
+    label = f'{label}validation, best {best["val_loss"]:.4f} at step {best["step"]:,}'
+    xs = [p['x'] for p in val]
+    axes.plot(xs, [p['val_loss'] for p in val], 'o-', color=color, markersize=3.5, label=label)
+    axes.plot(best['x'], best['val_loss'], '*', color='crimson', markersize=13, zorder=5)
+
+
+def _fit_losses(axes, runs):
+    """Fit the vertical limits to the losses after the first 3 % of the steps.
+
+    The fall from a random model's loss would flatten the rest.
+    """
+    tops = []
+    for records in runs.values():
+        first = 0.03 * records[-1]['step']
+        losses = [r.get('loss', r.get('val_loss')) for r in records if r['step'] > first]
+        tops += [loss for loss in losses if loss is not None]
+    lows = [line.get_ydata().min() for line in axes.get_lines() if len(line.get_ydata())]
+    if tops and max(tops) > min(lows):
+        margin = 0.05 * (max(tops) - min(lows))
+        axes.set_ylim(min(lows) - margin, max(tops) + margin)
+
+
+def _format_x(above, below, runs, x):
+    """Format the horizontal axis; steps that all have as many tokens also get one of tokens."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if x == 'tokens':
+        below.xaxis.set_major_formatter(EngFormatter(sep=''))
+    rate = _tokens_per_step([record for records in runs.values() for record in records])
+    if x == 'steps' and rate is not None:
+        axis = above.secondary_xaxis('top', functions=(lambda s: s * rate, lambda t: t / rate))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=''))
+        axis.set_xlabel('tokens')
+
+
+def smooth(values, width):
+    """Return the exponential moving average over about `width` values.
+
+    Unbiased at its beginning (Kingma and Ba, 2015, section 3).
+    """
+    keep = 1 - 1 / max(1.0, width)
+    mean = 0.0
+    result = []
+    for n, value in enumerate(values, 1):
+        mean = keep * mean + (1 - keep) * value
+        result.append(mean / (1 - keep**n))
+    return result

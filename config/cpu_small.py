@@ -1,10 +1,11 @@
-# A first model on a laptop: 4.5 million parameters, in about twelve minutes of training on two CPU cores.
+# A first model on a laptop: 4.5 million parameters, about 12 minutes of training on two CPU cores.
 #
 #     python prepare.py --vocab_size=5000 --name=shakespeare_5k
 #     python train.py config/cpu_small.py
 #
-# 8 x 128 = 1,024 tokens a step; 1,200 steps = 1.2 million tokens = 0.95 epochs of the bundled Shakespeare.
-# Measured there, 0.8 GiB: a validation loss of 4.697, that is a perplexity of 110 of 5,000 tokens, 2.049 bits per byte.
+# 8 x 128 = 1,024 tokens per step; 1,200 steps = 1.2 million tokens = 0.95 epochs of the bundled
+# Shakespeare. Measured there: 0.8 GiB, validation loss 4.697, which is a perplexity of 110 with
+# a vocabulary of 5,000, or 2.049 bits per byte (BENCHMARKS.md).
 
 out_dir = 'out-cpu-small'
 dataset = 'shakespeare_5k'
@@ -26,7 +27,7 @@ learning_rate = 1e-2
 beta1 = 0.8
 weight_decay = 0.0
 schedule = 'wsd'
-cooldown = 0.9
+cooldown_frac = 0.9
 
 eval_interval = 300
 log_interval = 10

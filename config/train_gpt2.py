@@ -1,9 +1,10 @@
-# GPT-2 124M, as nanoGPT trains it: to 2.85 on OpenWebText, by its README, after 600,000 steps, four days of 8 A100.
+# GPT-2 124M, as nanoGPT trains it. According to nanoGPT's README it reaches a loss of 2.85 on
+# OpenWebText after 600,000 steps, four days on 8 A100.
 #
 #     torchrun --nproc_per_node=8 train.py config/train_gpt2.py
 #
-# 12 x 40 x 1,024 = 491,520 tokens a step; 600,000 steps = 295 billion tokens.
-# By --plan: 6.3 GiB a GPU in bfloat16, and 70 hours on 8 A100 at 40 % of their peak.
+# 12 x 40 x 1,024 = 491,520 tokens per step; 600,000 steps = 295 billion tokens.
+# By --plan: 6.3 GiB per GPU in bfloat16, and 70 hours on 8 A100 at 40 % MFU.
 
 out_dir = 'out-gpt2'
 dataset = 'openwebtext'

@@ -1,10 +1,12 @@
-# A small GPT that learns to write plays, on a laptop's CPU, in less than two minutes of training.
+# The demo: a small GPT that learns to write plays on a laptop's CPU, in less than two minutes of
+# training. train_shakespeare_char.py says what makes it fast.
 #
 #     python prepare.py
 #     python train.py config/train_shakespeare.py
 #
-# 8 x 128 = 1,024 tokens a step; 600 steps = 614 thousand tokens = 0.46 epochs. What makes it fast is said in
-# train_shakespeare_char.py.
+# 8 x 128 = 1,024 tokens per step; 600 steps = 614 thousand tokens = 0.46 epochs of the bundled
+# Shakespeare. Measured on two CPU cores: 93 s, 0.5 GiB, validation loss 4.815, which is a
+# perplexity of 123 with a vocabulary of 4,096, or 2.157 bits per byte (BENCHMARKS.md).
 
 out_dir = 'out-shakespeare'
 dataset = 'shakespeare'
@@ -25,7 +27,7 @@ learning_rate = 1e-2
 beta1 = 0.8
 weight_decay = 0.0
 schedule = 'wsd'
-cooldown = 0.9
+cooldown_frac = 0.9
 
 eval_interval = 200
 log_interval = 50

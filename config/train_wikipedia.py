@@ -1,12 +1,13 @@
-# A GPT of GPT-2's size on English Wikipedia, the fast way, as in speedrun_gpt2.py. Not yet run, and no loss of such a
-# model is published that could be compared.
+# A GPT of GPT-2's size on English Wikipedia, the fast way, as in speedrun_gpt2.py. Not yet run, and
+# no published loss of such a model can be compared with it.
 #
 #     python prepare.py --dataset=wikipedia --tokenizer=gpt2
 #     torchrun --nproc_per_node=8 train.py config/train_wikipedia.py
 #     python sample.py --out_dir=out-wikipedia --start="The Rhine is"
 #
-# 16 x 32 x 1,024 = 524,288 tokens a step; 5,000 steps = 2.6 billion tokens, 21 a parameter, about half an epoch.
-# By --plan: 12.3 GiB a GPU in bfloat16, and 12 minutes on 8 H100 at 40 % of their peak.
+# 16 x 32 x 1,024 = 524,288 tokens per step; 5,000 steps = 2.6 billion tokens, 21 per parameter,
+# about half an epoch.
+# By --plan: 12.3 GiB per GPU in bfloat16, and 12 minutes on 8 H100 at 40 % MFU.
 
 out_dir = 'out-wikipedia'
 dataset = 'wikipedia'
@@ -26,7 +27,7 @@ learning_rate = 3e-3
 weight_decay = 0.1
 warmup_iters = 100
 schedule = 'wsd'
-cooldown = 0.5
+cooldown_frac = 0.5
 
 eval_interval = 250
 log_interval = 10

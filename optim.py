@@ -1,0 +1,168 @@
+"""Optimizers: Muon, and which optimizer trains which parameters.
+
+Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/) is SGD with momentum whose
+updates are orthogonalized. It is for the matrices inside the blocks; embeddings, lm_head, norms and
+biases stay with AdamW. `torch.optim.Muon` treats one matrix at a time in bfloat16. Here all
+matrices of one shape are treated at once, in float32 except on CUDA, and several processes share
+the work.
+"""
+
+import torch
+
+from parallel import full_tensor, shard_like, split_over_processes
+from runtime import UserError
+
+# -----------------------------------------------------------------------------
+# which parameters are trained, and by which optimizer
+
+
+def freeze(model, n_blocks):
+    """Freeze the embeddings, with a tied lm_head, and the lowest n_blocks blocks. None: none."""
+    n_layer = model.config.n_layer
+    if n_blocks is None:
+        return
+    if not 0 <= n_blocks <= n_layer:
+        raise UserError(f'freeze={n_blocks} must be from 0 to {n_layer}, the number of blocks.')
+    model.wte.requires_grad_(False)
+    if model.config.arch == 'gpt2':
+        model.wpe.requires_grad_(False)
+    for block in model.blocks[:n_blocks]:
+        block.requires_grad_(False)
+
+
+def parameter_groups(model, weight_decay):
+    """All trained parameters in groups: vectors; embeddings, lm_head; the matrices of each shape.
+
+    A group of matrices inside the blocks has 'out_sizes', the heights of the matrices that are
+    stacked in each of its parameters: it is what Muon can train. Only a model.Linear has them.
+    """
+    groups = {}  # by what is alike in a group; the keys are for here only
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = model.get_submodule(name.rpartition('.')[0])
+        if parameter.dim() < 2:  # biases and norms do not decay
+            group = groups.setdefault('vectors', {'params': [], 'weight_decay': 0.0})
+        elif name.startswith('blocks.') and hasattr(layer, 'out_sizes'):
+            key = parameter.shape, layer.out_sizes
+            empty = {'params': [], 'weight_decay': weight_decay, 'out_sizes': layer.out_sizes}
+            group = groups.setdefault(key, empty)
+        else:
+            group = groups.setdefault('others', {'params': [], 'weight_decay': weight_decay})
+        group['params'].append(parameter)
+    return list(groups.values())
+
+
+def make_optimizers(
+    model, optimizer, learning_rate, betas, weight_decay, muon_lr, muon_momentum, compile=False
+):
+    """The optimizers of a run: AdamW for everything, or with optimizer='muon' Muon for what it can.
+
+    Each has its peak learning rate in `defaults['lr']`. compile: compile Muon's orthogonalization.
+    """
+    groups = parameter_groups(model, weight_decay)
+    for_adamw = groups
+    for_muon = []
+    if optimizer == 'muon':
+        for_adamw = [group for group in groups if 'out_sizes' not in group]
+        for_muon = [group for group in groups if 'out_sizes' in group]
+
+    optimizers = []
+    if for_adamw:
+        optimizers.append(torch.optim.AdamW(for_adamw, lr=learning_rate, betas=betas, fused=True))
+    if for_muon:
+        optimizers.append(Muon(for_muon, lr=muon_lr, momentum=muon_momentum, compile=compile))
+    return optimizers
+
+
+def block_norms(model):
+    """The norms of the parameters and of the gradients, of each block and of what is around them.
+
+    {'norm/blocks.0': ..., 'grad_norm/blocks.0': ..., 'norm/wte': ..., ...}
+    """
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        depth = 2 if name.startswith('blocks.') else 1
+        part = '.'.join(name.split('.')[:depth])
+        tensors.setdefault(f'norm/{part}', []).append(parameter.detach())
+        if parameter.grad is not None:
+            tensors.setdefault(f'grad_norm/{part}', []).append(parameter.grad)
+    norms = {name: torch.nn.utils.get_total_norm(group) for name, group in tensors.items()}
+    return {name: float(full_tensor(norm)) for name, norm in norms.items()}
+
+
+# -----------------------------------------------------------------------------
+# Muon
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon, for groups of parameters of one shape with 'out_sizes' (see parameter_groups).
+
+    lr: the spectral norm of an update is about lr · sqrt(max(1, m / n)), for m rows and n columns;
+    that makes one value good for all widths (Bernstein, 2025, "Deriving Muon").
+    weight_decay: decoupled, as in AdamW.
+    As with torch's fused optimizers, found_inf = tensor(1.0) makes a step that changes nothing.
+    """
+
+    def __init__(self, groups, lr=0.02, momentum=0.95, weight_decay=0.1, compile=False):
+        defaults = {'lr': lr, 'momentum': momentum, 'weight_decay': weight_decay}
+        super().__init__(groups, defaults)
+        self.orthogonalize = torch.compile(orthogonalize) if compile else orthogonalize
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            self.step_group(group)
+
+    def step_group(self, group):
+        parameters = [parameter for parameter in group['params'] if parameter.grad is not None]
+        if not parameters:
+            return
+        found_inf = getattr(self, 'found_inf', torch.zeros((), device=parameters[0].device))
+        taken = 1 - found_inf  # 0.0 for a step that is skipped
+
+        # Nesterov momentum of all parameters. In a skipped step the momentum takes the place of the
+        # gradient, so that lerp changes nothing, and lr is 0. An `if` would wait for the device.
+        directions = []
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state['momentum_buffer'] = torch.zeros_like(parameter)
+            momentum = state['momentum_buffer']
+            gradient = torch.where(taken > 0, parameter.grad, momentum)
+            momentum.lerp_(gradient, 1 - group['momentum'])
+            direction = gradient.lerp(momentum, group['momentum'])
+            directions.append(full_tensor(direction))
+
+        # q, k and v, for example, are one parameter and three matrices.
+        matrices = torch.stack(directions).split(group['out_sizes'], 1)  # each (parameters, m, n)
+        updates = torch.cat([split_over_processes(self.orthogonalize, x) for x in matrices], 1)
+
+        lr = group['lr'] * full_tensor(taken)
+        updates = lr * updates
+        for parameter, update in zip(parameters, updates, strict=True):
+            parameter.mul_(1 - lr * group['weight_decay'])
+            parameter.sub_(shard_like(update, parameter))
+
+
+def orthogonalize(matrices):
+    """(N, m, n) to about U V^T sqrt(max(1, m / n)), where U S V^T is the SVD of each matrix.
+
+    Five Newton-Schulz steps X <- a X + (b A + c A A) X with A = X X^T. The coefficients bring most
+    singular values to between about 0.7 and 1.2, which is close enough to 1; very small ones only
+    grow, by a factor of a = 3.4 at most in each step.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    _, m, n = matrices.shape
+    is_tall = m > n
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    if is_tall:
+        x = x.mT  # X^T X is smaller than X X^T
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        A = x @ x.mT
+        polynomial = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    if is_tall:
+        x = x.mT * (m / n) ** 0.5
+    return x.to(matrices.dtype)

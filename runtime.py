@@ -1,0 +1,289 @@
+"""The machine (device, dtype, compiler, memory, time), and how a script ends (errors, signals).
+
+torch is imported inside the functions that need it: prepare.py and plot.py start without it.
+"""
+
+import contextlib
+import ctypes
+import errno
+import math
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+# (16-bit TFLOP/s without sparsity, GiB), from the makers' data sheets
+GPUS = {
+    'T4': (65, 16), 'V100': (125, 16), 'A10': (125, 24), 'L4': (121, 24), 'L40S': (362, 48),
+    'A100': (312, 80), 'H100': (989, 80), 'H200': (989, 141), 'B200': (2250, 180),
+    'RTX3090': (71, 24), 'RTX4090': (165, 24),
+}  # fmt: skip
+
+stop = 0  # the signal that asked for an end, or 0
+_stop_time = 0.0  # when it came
+
+# -----------------------------------------------------------------------------
+# how a script ends: errors
+
+
+class UserError(ValueError):
+    """An error that the user can mend: printed as one sentence, without a traceback."""
+
+
+# Of the system, whatever the code: a traceback would add nothing. A file that is not there is not
+# among them: that may be a mistake in the code.
+_ENVIRONMENT_ERRORS = (
+    'ENOSPC EDQUOT EFBIG EACCES EPERM EROFS EIO EBUSY ESTALE ENOLCK EMFILE '
+    'ENFILE EISDIR ENOTDIR ENAMETOOLONG ELOOP'
+).split()
+_OUT_OF_MEMORY = re.compile(r"(?i)out of memory|can('|no)t allocate memory|not enough memory")
+_TOO_LARGE = re.compile(r'int too large|too large to convert|index-sized')  # not 'math range error'
+# What torch says when another process of the group is gone.
+_LOST_PEER = re.compile(r'(?i)gloo|NCCL|Connection (closed|reset)|ProcessGroup')
+
+
+def explain_error(kind, error, trace):
+    """Print one sentence for what the user can mend, a traceback for the rest: a sys.excepthook."""
+    rank = int(os.environ.get('RANK', 0))
+    if issubclass(kind, KeyboardInterrupt):
+        return
+    if issubclass(kind, BrokenPipeError):
+        drop_output()
+        raise SystemExit(141)  # 128 + SIGPIPE, as if the signal had ended the process
+    sentence = _sentence_for(kind, error)
+    if sentence is None and 'RANK' in os.environ and _LOST_PEER.search(str(error)):
+        if rank > 0:
+            return  # one is enough
+        reason = str(error).splitlines()[0][:100]
+        sentence = f'Another process has ended, see why above: {reason}'
+    if sentence is None:
+        sys.__excepthook__(kind, error, trace)
+        return
+
+    # Of several processes the first speaks; torchrun then ends the others.
+    if rank > 0:
+        time.sleep(5)
+    print(sentence.replace('\n', ' '), file=sys.stderr)  # a newline may be in what it quotes
+
+
+def _sentence_for(kind, error):
+    """Return the sentence for an error that needs no traceback, else None."""
+    message = str(error)
+    # By name: model.py stands alone and has a UserError of its own.
+    if any(base.__name__ == 'UserError' for base in kind.__mro__):
+        return message
+
+    too_large = issubclass(kind, OverflowError) and _TOO_LARGE.search(message)
+    if issubclass(kind, MemoryError) or too_large or _OUT_OF_MEMORY.search(message):
+        details = ' '.join(message.split())[:100]
+        return f'Out of memory: reduce batch_size, block_size or the model: {details}'
+
+    if issubclass(kind, OSError) and errno.errorcode.get(error.errno) in _ENVIRONMENT_ERRORS:
+        if error.filename is None:
+            return error.strerror
+        return f'{error.strerror}: {error.filename}'
+    return None
+
+
+def drop_output():
+    """Let what is still printed go nowhere: the other end of the pipe is closed, as by `| head`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def begin_script():
+    """Let Ctrl-C end the script at once, one process alone print, and any text be printed.
+
+    It comes before configure(), which prints as well.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Loading weights would take a KeyboardInterrupt for a damaged file.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if int(os.environ.get('RANK', 0)):
+        sys.stdout = open(os.devnull, 'w')  # noqa: SIM115  open until the process ends
+    if hasattr(sys.stdout, 'reconfigure'):  # a notebook's has not
+        # The terminal's encoding may lack a character of a sample, or the ± of a table. It is
+        # printed as an escape: an error would end the run.
+        sys.stdout.reconfigure(errors='backslashreplace')
+
+
+# -----------------------------------------------------------------------------
+# how a script ends: signals
+
+
+def install_signal_handlers():
+    """Have SIGINT, SIGTERM and SIGHUP set `stop`, where they would have ended the process."""
+    global stop
+    stop = 0
+    for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+        number = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, request_stop)
+
+
+def request_stop(number, frame):
+    """Let the step in progress finish, then save and exit. A second Ctrl-C ends it at once."""
+    global stop, _stop_time
+    # Within a second it is the first one again, passed on by a launcher.
+    if stop == number == signal.SIGINT and time.monotonic() > _stop_time + 1:
+        os._exit(130)
+    if not stop:
+        stop = number
+        _stop_time = time.monotonic()
+
+
+# -----------------------------------------------------------------------------
+# device and precision
+
+
+def pick_device(name):
+    """Return the device for a knob: 'auto' is the first there is of CUDA, MPS and the CPU.
+
+    Raises UserError for a device that cannot be used.
+    """
+    import torch
+
+    if name == 'auto':
+        if torch.cuda.is_available():
+            name = 'cuda'
+        elif torch.backends.mps.is_available():
+            name = 'mps'
+        else:
+            name = 'cpu'
+    try:
+        if torch.empty(1, device=name).device.type not in ('cuda', 'mps', 'cpu'):
+            raise RuntimeError('it is none of cuda, mps and cpu')
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device='{name}' cannot be used here: {reason}") from None
+    if name == 'cpu':
+        keep_freed_memory()
+    return name
+
+
+def pick_dtype(name, device):
+    """Return the dtype for a knob: 'auto' is a 16-bit one on CUDA, else float32."""
+    import torch
+
+    if name != 'auto':
+        return name
+    if torch.device(device).type != 'cuda':
+        return 'float32'
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return 'bfloat16'
+    return 'float16'  # older than Ampere, e.g. V100 and T4
+
+
+def make_autocast(device, dtype):
+    """Return a reusable context that computes in 'float32', 'bfloat16' or 'float16'."""
+    import torch
+
+    if dtype == 'float32':
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, getattr(torch, dtype))
+
+
+def can_compile(device):
+    """Return whether torch.compile works, by trying: it looks for its tool chain only when used."""
+    import torch
+
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+    except Exception as error:  # whatever the compiler's tool chain raises
+        problem = f'No working compiler ({type(error).__name__})'
+        print(f'{problem}: running without torch.compile, which is slower.', file=sys.stderr)
+        return False
+    return True
+
+
+def synchronize(device):
+    """Wait until a device has done all that it was given."""
+    import torch
+
+    torch.get_device_module(device).synchronize()
+
+
+def peak_flops(device, dtype):
+    """Return a device's 16-bit FLOP/s by its data sheet; None: not in GPUS, or dtype is float32."""
+    import torch
+
+    if torch.device(device).type != 'cuda' or dtype == 'float32':
+        return None
+    words = torch.cuda.get_device_name(device).replace('RTX ', 'RTX').replace('-', ' ').split()
+    known = [GPUS[word] for word in words if word in GPUS]
+    # A card with one of these words in its name is slower than its namesake.
+    if not known or {'PCIe', 'NVL', 'Laptop', 'D', 'Ti', 'SUPER'}.intersection(words):
+        return None
+    tflops, _ = known[0]
+    return tflops * 1e12
+
+
+# -----------------------------------------------------------------------------
+# memory
+
+
+def keep_freed_memory():
+    """Have glibc keep freed memory, since new pages take time to clear; MALLOC_* variables win."""
+    if any(variable.startswith('MALLOC_') for variable in os.environ):
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL('libc.so.6').mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: map no block by itself, or freeing it gives it back
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
+
+
+def peak_memory_gib(device):
+    """Return the most GiB in use so far: of the device on CUDA, else by this process."""
+    import torch
+
+    if torch.device(device).type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    # First /proc: on Linux ru_maxrss may be that of the process which started this one.
+    peak = process_peak_gib('self')
+    if peak:
+        return peak
+    with contextlib.suppress(ImportError):  # Windows has no such module
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # in bytes on macOS
+    return math.nan
+
+
+def process_peak_gib(pid):
+    """Return the most GiB that a process has had so far; 0 where /proc does not say."""
+    with contextlib.suppress(OSError):  # no Linux, or it has ended
+        found = re.search(r'VmHWM:\s+(\d+)', Path(f'/proc/{pid}/status').read_text())  # in KiB
+        if found:  # a process that has just ended has none
+            return int(found[1]) / 2**20
+    return 0
+
+
+# -----------------------------------------------------------------------------
+# time
+
+
+class Stopwatch:
+    """The seconds of training: running from its creation, paused while a run evaluates or saves."""
+
+    def __init__(self, device, seconds=0.0):
+        self.device = device
+        self.total = seconds  # until it was started last
+        self.started = time.perf_counter()  # None: paused
+
+    def pause(self):
+        """Wait for the device, whose queued work belongs to the time so far, and stop counting."""
+        synchronize(self.device)
+        self.total = self.seconds
+        self.started = None
+
+    def resume(self):
+        """Count on from the seconds so far."""
+        self.started = time.perf_counter()
+
+    @property
+    def seconds(self):
+        """Seconds so far; does not wait for the device."""
+        if self.started is None:
+            return self.total
+        return self.total + time.perf_counter() - self.started

@@ -1,0 +1,364 @@
+"""A small Hugging Face Hub on 127.0.0.1, which the real clients of the Hub talk to.
+
+    write_tinystories(folder, [['A story.', 'Another.']], ['A third.'])
+    with HubServer(folder) as hub:
+        command('prepare.py', '--dataset=tinystories', cwd=..., env=hub.environment(cache))
+        assert ('README.md', 0) in hub.fetched()
+
+A repository is a folder, folder/models/ORG/NAME or folder/datasets/ORG/NAME, as it is at the time
+of a request. Its commit follows from its files, and an earlier one is not kept. The folder
+NAME@BRANCH is another branch of it. Files are sent by the Hub itself: there is no LFS, no Xet.
+"""
+
+import hashlib
+import json
+import os
+import re
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
+from typing import NamedTuple
+from urllib.parse import parse_qs, unquote
+
+import pyarrow
+import yaml
+from pyarrow import parquet
+
+API = re.compile(r'/api/(models|datasets)/([^/]+/[^/]+)(?:/([a-z-]+)(?:/([^/]+)(?:/(.+))?)?)?')
+FILE = re.compile(r'/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)')
+RANGE = re.compile(r'bytes=(\d+)-(\d*)')
+
+# -----------------------------------------------------------------------------
+# the server
+
+
+class Request(NamedTuple):
+    """A request and the status of its answer. path: with the query, or a URL of another host."""
+
+    method: str
+    path: str
+    range: str | None
+    status: int
+
+
+class Refusal(Exception):
+    """An answer that is an error: its status, what the Hub calls it (or None), and a sentence."""
+
+
+class HubServer(ThreadingHTTPServer):
+    """The Hub, as a context manager. Its faults are attributes, which may change at any time."""
+
+    daemon_threads = True
+
+    def __init__(self, folder):
+        super().__init__(('127.0.0.1', 0), Handler)
+        self.folder = folder
+        self.url = f'http://127.0.0.1:{self.server_port}'
+        self.requests = []  # of all clients, in order
+        self.page_size = 1000  # files and folders that one answer lists
+
+        self.gated = set()  # repositories whose files nobody may have: 401, with a token 403
+        self.down = set()  # repositories that are not available: 503
+        self.fail_every = None  # every Nth request: 503
+        self.cut_after = None  # bytes of a file after which the connection is lost, once
+
+        self.lock = threading.Lock()
+        self.n_requests = 0
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self.shutdown()
+        self.thread.join()
+        self.server_close()
+
+    def handle_error(self, request, address):
+        """Print an error of the server, but not that a client has left."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, address)
+
+    def environment(self, cache, **more):
+        """Return the environment of a client. more: variables, such as HF_TOKEN.
+
+        For all other hosts this Hub is its proxy. What a client asks them is thus one of the
+        requests, and no name is looked up.
+        """
+        foreign = ('HF_', 'HUGGING', 'TRANSFORMERS_')  # settings of whoever runs the tests
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
+        proxy = {'http_proxy': self.url, 'https_proxy': self.url, 'no_proxy': '127.0.0.1'}
+        client = {'HF_ENDPOINT': self.url, 'HF_HOME': str(cache), 'HF_HUB_DISABLE_XET': '1'}
+        quiet = {'HF_HUB_DISABLE_TELEMETRY': '1', 'HF_HUB_DISABLE_PROGRESS_BARS': '1'}
+        quick = {'USE_TORCH': '0'}  # else datasets imports it whenever it streams
+        return {**kept, **proxy, **client, **quiet, **quick, **more}
+
+    def fetched(self):
+        """List the files that were sent, in order: (path in the repository, its first byte)."""
+        files = []
+        for request in self.requests:
+            match = FILE.fullmatch(request.path)
+            if match and request.method == 'GET' and request.status in (200, 206):
+                first = RANGE.match(request.range or 'bytes=0-')[1]
+                files.append((unquote(match[4]), int(first)))
+        return files
+
+    def branches(self, kind, name):
+        """Read a repository: {branch: (commit, {path: bytes})}, {} if it is not there."""
+        organization, repository = name.split('/')
+        branches = {}
+        for folder in self.folder.glob(f'{kind}/{organization}/*'):
+            found, _, branch = folder.name.partition('@')
+            if found == repository:
+                paths = sorted(path for path in folder.rglob('*') if path.is_file())
+                files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+                hashes = [f'{path} {git_hash(data)}' for path, data in files.items()]
+                commit = hashlib.sha1('\n'.join([branch, *hashes]).encode()).hexdigest()
+                branches[branch or 'main'] = (commit, files)
+        return branches
+
+    def is_failing(self):
+        """Count a request, and tell whether it is one that fails."""
+        with self.lock:
+            self.n_requests += 1
+            return self.fail_every is not None and self.n_requests % self.fail_every == 0
+
+    def cut(self, data):
+        """Return what is sent of a file, or of a range of it, until the connection is lost."""
+        with self.lock:
+            if self.cut_after is None or self.cut_after >= len(data):
+                return data
+            kept = data[: self.cut_after]
+            self.cut_after = None
+            return kept
+
+
+class Handler(BaseHTTPRequestHandler):
+    """The requests of one connection, which stays open for the next one."""
+
+    protocol_version = 'HTTP/1.1'
+    timeout = 60  # seconds without a request
+
+    def answer(self):
+        """Answer a request of any method."""
+        form = self.rfile.read(int(self.headers.get('Content-Length', 0)))
+        path, _, query = self.path.partition('?')
+        values = parse_qs(query) | parse_qs(form.decode())
+        api = API.fullmatch(path)
+        file = FILE.fullmatch(path)
+        self.extra = {}  # headers of the answer
+        try:
+            if self.server.is_failing():
+                raise Refusal(503, None, 'Try again')
+            if api:
+                self.answer_api(*api.groups(), values)
+            elif file:
+                self.answer_file(*file.groups())
+            else:  # of another host, the path begins with http://
+                raise Refusal(404, None, 'There is no such page')
+        except Refusal as error:
+            status, code, message = error.args
+            self.extra['X-Error-Message'] = message
+            if code:
+                self.extra['X-Error-Code'] = code
+            if status == 503:
+                self.extra['Retry-After'] = '0'  # clients make a second of it, else up to eight
+            self.send(status, {'error': message})
+
+    do_GET = do_HEAD = do_POST = do_CONNECT = answer
+
+    def answer_api(self, kind, name, what, revision, folder, values):
+        """Answer with JSON. what: 'revision', 'tree', 'paths-info', 'refs', or None."""
+        branches = self.find_branches(kind, name)
+        if what == 'refs':
+            refs = []
+            for branch, (commit, _) in branches.items():
+                place = f'refs/heads/{branch}'
+                refs.append({'name': branch, 'ref': place, 'targetCommit': commit})
+            self.send(200, {'branches': refs, 'converts': [], 'tags': []})
+            return
+
+        commit, files = self.find_files(branches, unquote(revision or 'main'))
+        if what == 'tree':
+            [recursive] = values['recursive']
+            entries = list_tree(files, unquote(folder or ''), recursive == 'true')
+            self.send_page(entries, recursive, int(values.get('cursor', '0')[0]))
+        elif what == 'paths-info':
+            entries = list_tree(files, '', recursive=True)
+            self.send(200, [entry for entry in entries if entry['path'] in values['paths']])
+        else:
+            siblings = [{'rfilename': file} for file in files]
+            self.send(200, {'id': name, 'sha': commit, 'siblings': siblings})
+
+    def answer_file(self, kind, name, revision, path):
+        """Answer with a file, or with the range of it that is asked for."""
+        branches = self.find_branches(kind or 'models', name)
+        _, files = self.find_files(branches, unquote(revision))
+        if name in self.server.gated:
+            status = 403 if 'Authorization' in self.headers else 401
+            raise Refusal(status, 'GatedRepo', f'Access to {name} is restricted')
+        if unquote(path) not in files:
+            raise Refusal(404, 'EntryNotFound', 'Entry not found')
+
+        data = files[unquote(path)]
+        size = len(data)
+        self.extra |= {'ETag': f'"{git_hash(data)}"', 'X-Linked-Size': str(size)}
+        self.extra['Accept-Ranges'] = 'bytes'
+        match = RANGE.match(self.headers.get('Range', ''))
+        if not match:
+            self.send(200, data)
+            return
+        first = int(match[1])
+        last = min(int(match[2] or size), size - 1)
+        if first > last:
+            raise Refusal(416, None, 'The file ends before')
+        self.extra['Content-Range'] = f'bytes {first}-{last}/{size}'
+        self.send(206, data[first : last + 1])
+
+    def find_branches(self, kind, name):
+        """Return the branches of a repository. Raises Refusal where there is none."""
+        if name in self.server.down:
+            raise Refusal(503, None, 'The service is not available')
+        branches = self.server.branches(kind, name)
+        if not branches:
+            # Without a token, a repository that is not there is one that may be private. The real
+            # Hub sends no code then: clients know it by the https:// of its address.
+            status = 404 if 'Authorization' in self.headers else 401
+            raise Refusal(status, 'RepoNotFound', 'Repository not found')
+        return branches
+
+    def find_files(self, branches, revision):
+        """Return the commit and the files of a branch or commit. Raises Refusal for another."""
+        for branch, (commit, files) in branches.items():
+            if revision in (branch, commit):
+                self.extra['X-Repo-Commit'] = commit
+                return commit, files
+        raise Refusal(404, 'RevisionNotFound', f'Invalid rev id: {revision}')
+
+    def send_page(self, entries, recursive, start):
+        """Send a part of a listing, and the address of the next part if there is one."""
+        stop = start + self.server.page_size
+        if stop < len(entries):
+            path, _, _ = self.path.partition('?')
+            url = f'{self.server.url}{path}?recursive={recursive}&cursor={stop}'
+            self.extra['Link'] = f'<{url}>; rel="next"'
+        self.send(200, entries[start:stop])
+
+    def send(self, status, body):
+        """Send bytes, or else JSON. The request is noted first: who has the answer finds it."""
+        request = Request(self.command, self.path, self.headers['Range'], status)
+        self.server.requests.append(request)
+        data = kept = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for key, value in self.extra.items():
+            self.send_header(key, value)
+        self.send_header('Content-Length', str(len(data)))
+        self.end_headers()
+        if self.command != 'HEAD':
+            if isinstance(body, bytes):
+                kept = self.server.cut(data)
+            self.wfile.write(kept)
+            self.close_connection = len(kept) < len(data)
+
+    def log_message(self, *args):
+        """Print nothing."""
+
+
+def git_hash(data):
+    """Return the name that git has for a file of these bytes."""
+    return hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()
+
+
+def list_tree(files, folder, recursive):
+    """List the files and folders in a folder as the Hub does. Raises Refusal without a folder."""
+    top = PurePosixPath(folder)
+    entries = {}
+    for path, data in files.items():
+        file = PurePosixPath(path)
+        for parent in file.parents:
+            entries[parent] = {'type': 'directory', 'oid': '0' * 40, 'size': 0}
+        entries[file] = {'type': 'file', 'oid': git_hash(data), 'size': len(data)}
+    if top not in entries:
+        raise Refusal(404, 'EntryNotFound', f'{folder} does not exist')
+
+    listed = []
+    for path, entry in sorted(entries.items()):
+        is_below = top in path.parents
+        if is_below and (recursive or path.parent == top):
+            listed.append({'path': str(path), **entry})
+    return listed
+
+
+# -----------------------------------------------------------------------------
+# corpora, in the layouts that they have on the Hub
+
+
+def write_corpus(folder, name, files, configurations=None):
+    """Write a dataset: its tables, and a README.md that says which are which.
+
+    files: {path: the rows of a .parquet file, each a dictionary}. configurations: {name: {split:
+    pattern}}, None to leave it to the names of the files.
+    """
+    repository = folder / 'datasets' / name
+    for path, rows in files.items():
+        table = repository / path
+        table.parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+
+    card = {'language': ['en']}
+    if configurations:
+        card['configs'] = []
+        for configuration, splits in configurations.items():
+            patterns = [{'split': split, 'path': pattern} for split, pattern in splits.items()]
+            card['configs'].append({'config_name': configuration, 'data_files': patterns})
+    (repository / 'README.md').write_text(f'---\n{yaml.safe_dump(card)}---\n\n# {name}\n')
+
+
+def write_wikitext(folder, lines):
+    """Write Salesforce/wikitext, the same lines as each size. lines: {split: [line, ...]}."""
+    files = {}
+    configurations = {}
+    for size in ('103', '2'):
+        configuration = f'wikitext-{size}-raw-v1'
+        configurations[configuration] = {split: f'{configuration}/{split}-*' for split in lines}
+        for split, texts in lines.items():
+            rows = [{'text': text} for text in texts]
+            files[f'{configuration}/{split}-00000-of-00001.parquet'] = rows
+    write_corpus(folder, 'Salesforce/wikitext', files, configurations)
+
+
+def write_tinystories(folder, train, validation):
+    """Write roneneldan/TinyStories. train: the stories of each file. validation: those of its file.
+
+    Its README.md does not name the files; the splits are known by the files' names.
+    """
+    files = {}
+    for number, stories in enumerate(train):
+        path = f'data/train-{number:05}-of-{len(train):05}-2d5a1467fff1081b.parquet'
+        files[path] = [{'text': story} for story in stories]
+    path = 'data/validation-00000-of-00001-869c898b519ad725.parquet'
+    files[path] = [{'text': story} for story in validation]
+    write_corpus(folder, 'roneneldan/TinyStories', files)
+
+
+def write_hellaswag(folder, questions):
+    """Write Rowan/hellaswag, all splits with the same questions, without labels in 'test'.
+
+    questions: dictionaries with 'activity_label', 'ctx_a', 'ctx_b', 'endings' and 'label'.
+    """
+    files = {}
+    patterns = {}
+    for split in ('train', 'test', 'validation'):
+        rows = []
+        for number, question in enumerate(questions):
+            context = f'{question["ctx_a"]} {question["ctx_b"]}'.strip()
+            row = {'ind': number, **question, 'ctx': context, 'split': split}
+            row |= {'source_id': f'activitynet~v_{number}', 'split_type': 'indomain'}
+            if split == 'test':
+                row['label'] = ''
+            rows.append(row)
+        files[f'data/{split}-00000-of-00001.parquet'] = rows
+        patterns[split] = f'data/{split}-*'
+    write_corpus(folder, 'Rowan/hellaswag', files, {'default': patterns})
