@@ -100,7 +100,6 @@ class Dataset:
                     raise UserError(f'the checksum of {split}.bin is not the one in meta.json')
         return tokens
 
-
     def check_length(self, block_size):
         """Raise UserError unless the training split has a whole window."""
         if len(self.train) <= block_size:
