@@ -214,7 +214,7 @@ def opens_in_transformers(folder):
 
 def test_the_readme_shows_the_lines_that_the_hacks_change():
     (shown,) = re.findall(r'^```diff\n(.*?)^```', README, re.MULTILINE | re.DOTALL)
-    sections = re.split(r'^@@ (\w+)\.diff: .* @@$', shown, flags=re.MULTILINE)
+    sections = re.split(r'^# (\w+)\.diff: .*$', shown, flags=re.MULTILINE)
     names = sections[1::2]
     assert sorted(names) == sorted(PATCHES)
     for name, lines in zip(names, sections[2::2], strict=True):
