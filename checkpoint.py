@@ -14,6 +14,7 @@ train_state.pt, and is never deleted.
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -82,8 +83,7 @@ def save(out_dir, model, dataset, meta, state=None, keep_last=1):
         shutil.rmtree(leftover)
     try:
         write_files(temporary, model, dataset, meta, state)
-    # torch and safetensors have their own errors for a full disk
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f'{path} could not be saved: {str(error).splitlines()[0]}') from None
     publish(temporary, path)
@@ -99,7 +99,14 @@ def write_files(folder, model, dataset, meta, state):
     for name in ('tokenizer.json', 'tokenizer_config.json'):
         shutil.copyfile(Path(dataset.folder) / name, folder / name)
     if state is not None:
-        torch.save(state, folder / 'train_state.pt')
+        # What could not be read back is refused now, with a traceback.
+        progress = io.BytesIO()
+        torch.save(state['progress'], progress)
+        torch.load(io.BytesIO(progress.getvalue()), weights_only=True)
+        try:
+            torch.save(state, folder / 'train_state.pt')
+        except RuntimeError as error:  # torch's own for a full disk
+            raise OSError(str(error)) from None
 
     # meta.json comes last, since it has the checksums of all the others.
     files = {file.name: checksum(file) for file in sorted(folder.iterdir())}
@@ -276,8 +283,8 @@ def load_run(out_dir, config, data):
     changed = {name: (before, now) for name, (before, now) in pairs.items() if before != now}
     with damage_explained(path, 'train_state.pt'):  # nothing in the file is executed
         state = torch.load(path / 'train_state.pt', map_location='cpu', weights_only=True)
-        progress = Progress(**state['progress'])
-        return SavedRun(path, meta, progress, state['optimizer'], state['scaler'], changed)
+        progress, optimizer, scaler = (state[key] for key in ('progress', 'optimizer', 'scaler'))
+    return SavedRun(path, meta, Progress(**progress), optimizer, scaler, changed)
 
 
 def check_shape(path, out_dir, config):

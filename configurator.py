@@ -133,7 +133,7 @@ def _checked(source, name, value, accepted):
     if type(value) in accepted.kinds or value in accepted.choices:
         return value
     if accepted.choices:
-        raise UserError(f'{name}={value!r} must be one of: {_choices(accepted)}.')
+        raise UserError(f'{source}: {name}={value!r} must be one of: {_choices(accepted)}.')
     names = ['None' if kind is types.NoneType else kind.__name__ for kind in accepted.kinds]
     raise UserError(f'{source}: {name} takes {" or ".join(names)}, not {value!r}.')
 

@@ -40,7 +40,6 @@ class Dataset:
     """
 
     def __init__(self, name, root='data', verify=False):
-        self.name = name
         self.folder = os.path.join(root, name)
         command = 'python prepare.py'
         if name != 'shakespeare':
@@ -92,8 +91,7 @@ class Dataset:
         both_ends = np.concatenate((tokens[:1_000_000], tokens[-1_000_000:]))
         highest = max(int(both_ends.max()), meta.get('highest', 0))
         if highest >= self.vocab_size:
-            limit = self.vocab_size
-            raise UserError(f'{split}.bin has the id {highest:,}, the vocabulary {limit:,}')
+            raise UserError(f'{split}.bin has id {highest:,}, the vocabulary {self.vocab_size:,}')
         if verify:
             with open(path, 'rb') as file:
                 if hashlib.file_digest(file, 'sha256').hexdigest() != meta['sha256']:
@@ -147,7 +145,7 @@ def import_nanogpt(folder):
     meta['end_of_text'] = tokenizer.eot_token
     for split in ('train', 'val'):
         meta[split] = describe_gpt2_tokens(os.path.join(folder, f'{split}.bin'), tokenizer)
-    has_tokenizer = os.path.exists(os.path.join(folder, 'tokenizer.json'))
+    has_tokenizer = 'tokenizer.json' in list_folder(folder)
     if has_tokenizer and tokenizers.load(folder).n_vocab != tokenizer.n_vocab:
         what = f"{folder} has no meta.json, and its tokenizer is not GPT-2's"
         raise UserError(f'{what}: prepare the text again.')
@@ -164,8 +162,7 @@ def import_nanogpt(folder):
 def describe_gpt2_tokens(path, tokenizer):
     """What meta.json says of a split, from its ids. Raises UserError unless they are GPT-2's."""
     size = os.path.getsize(path)
-    is_readable = size > 0 and size % 2 == 0
-    tokens = np.memmap(path, dtype='<u2', mode='r') if is_readable else []
+    tokens = np.memmap(path, dtype='<u2', mode='r') if size > 0 and size % 2 == 0 else []
     counts = np.zeros(2**16, dtype=np.int64)  # of each id
     digest = hashlib.sha256()
     for start in range(0, len(tokens), 2**24):

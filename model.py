@@ -339,10 +339,9 @@ class GPT(nn.Module):
 
     def count_parameters(self):
         """Without the padding of the vocabulary: the smallest GPT-2 has 124,439,808."""
-        padding = self.config.padded_vocab_size - self.config.vocab_size
-        if not self.config.tie_weights:  # then wte and lm_head both have it
-            padding *= 2
-        padding *= self.config.n_embd
+        n_rows = self.config.padded_vocab_size - self.config.vocab_size
+        n_matrices = 1 if self.config.tie_weights else 2  # wte; lm_head, where it is not the same
+        padding = n_rows * n_matrices * self.config.n_embd
         return sum(parameter.numel() for parameter in self.parameters()) - padding
 
     def flops_per_token(self):
@@ -735,7 +734,9 @@ def to_hf_config(model, end_of_text=None):
 
 
 def from_hf_config(config):
-    """A GPTConfig. Raises UserError for what is not implemented, KeyError for what is missing."""
+    """{field of GPTConfig: value}. Raises UserError for what is not implemented here, and KeyError,
+    TypeError or AttributeError for what is missing or no number.
+    """
     arch = config['arch'] if config['model_type'] == 'flatgpt' else config['model_type']
     if arch not in ARCHITECTURES:
         raise UserError(f"model_type='{arch}' is not one of {', '.join(ARCHITECTURES)}.")
@@ -757,13 +758,16 @@ def from_hf_config(config):
             values[ours] = config[theirs]
     values['arch'] = arch
     values['rope_theta'] = float(rope.get('rope_theta') or config.get('rope_theta') or 10000.0)
-    return GPTConfig(**values)
+    for name in TRANSFORMERS_FIELDS.intersection(values) - {'arch'}:
+        if not isinstance(values[name], int | float | None):
+            raise TypeError(f'{name}={values[name]!r}')
+    return values
 
 
 def check_round_trip(model):
     """Raise UserError when a model's files would not give the same model back."""
     text = json.dumps(to_hf_config(model), default=repr)  # what JSON cannot hold will differ
-    config = from_hf_config(json.loads(text))
+    config = GPTConfig(**from_hf_config(json.loads(text)))
     before = {name: view.shape for name, view in hf_tensors(model).items()}
     with torch.device('meta'):  # without memory for its weights
         after = {name: view.shape for name, view in hf_tensors(GPT(config)).items()}
@@ -782,13 +786,14 @@ def read_config(folder):
     path = os.path.join(folder, 'config.json')
     try:
         with open(path, encoding='utf-8') as file:
-            return from_hf_config(json.load(file))
+            values = from_hf_config(json.load(file))
     except FileNotFoundError:
         raise UserError(f'{folder} is not a model folder (it has no config.json).') from None
     except UserError as error:
         raise UserError(f'{path}: {error}') from None
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise UserError(f'{path} is not that of a model known here: {error!r}') from None
+    return GPTConfig(**values)  # outside, so that a mistake of yours in there has its traceback
 
 
 def read_weights(folder):

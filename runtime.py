@@ -34,14 +34,12 @@ class UserError(ValueError):
 
 # Of the system, whatever the code: a traceback would add nothing. A file that is not there is not
 # among them: that may be a mistake in the code.
-_ENVIRONMENT_ERRORS = (
-    'ENOSPC EDQUOT EFBIG EACCES EPERM EROFS EIO EBUSY ESTALE ENOLCK EMFILE '
-    'ENFILE EISDIR ENOTDIR ENAMETOOLONG ELOOP'
-).split()
+_ENVIRONMENT_ERRORS = 'ENOSPC EDQUOT EFBIG EACCES EPERM EROFS EIO EBUSY ESTALE ENOLCK'.split()
+_ENVIRONMENT_ERRORS += 'EMFILE ENFILE EISDIR ENOTDIR ENAMETOOLONG ELOOP'.split()
 _OUT_OF_MEMORY = re.compile(r"(?i)out of memory|can('|no)t allocate memory|not enough memory")
 _TOO_LARGE = re.compile(r'int too large|too large to convert|index-sized')  # not 'math range error'
 # What torch says when another process of the group is gone.
-_LOST_PEER = re.compile(r'(?i)gloo|NCCL|Connection (closed|reset)|ProcessGroup')
+_LOST_PEER = re.compile(r'(?i)connection (closed|reset)|pipe|timed? ?out|aborted|nccl\w+Error')
 
 
 def explain_error(kind, error, trace):
@@ -53,11 +51,11 @@ def explain_error(kind, error, trace):
         drop_output()
         raise SystemExit(141)  # 128 + SIGPIPE, as if the signal had ended the process
     sentence = _sentence_for(kind, error)
-    if sentence is None and 'RANK' in os.environ and _LOST_PEER.search(str(error)):
+    is_of_group = issubclass(kind, RuntimeError) and 'RANK' in os.environ
+    if sentence is None and is_of_group and _LOST_PEER.search(str(error)):
         if rank > 0:
             return  # one is enough
-        reason = str(error).splitlines()[0][:100]
-        sentence = f'Another process has ended, see why above: {reason}'
+        sentence = f'Another process has ended, see why above: {str(error).splitlines()[0][:100]}'
     if sentence is None:
         sys.__excepthook__(kind, error, trace)
         return
@@ -76,7 +74,8 @@ def _sentence_for(kind, error):
         return message
 
     too_large = issubclass(kind, OverflowError) and _TOO_LARGE.search(message)
-    if issubclass(kind, MemoryError) or too_large or _OUT_OF_MEMORY.search(message):
+    no_memory = issubclass(kind, RuntimeError | OSError) and _OUT_OF_MEMORY.search(message)
+    if issubclass(kind, MemoryError) or too_large or no_memory:
         details = ' '.join(message.split())[:100]
         return f'Out of memory: reduce batch_size, block_size or the model: {details}'
 

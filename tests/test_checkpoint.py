@@ -1,9 +1,12 @@
 """Checkpoints as files: kept and deleted, and what a run may resume with."""
 
 import json
+import pickle
 from dataclasses import dataclass, fields
 
+import numpy as np
 import pytest
+import torch
 from conftest import losses, train
 
 import checkpoint
@@ -162,3 +165,30 @@ def test_the_command_of_the_refusal_resumes(run, sheep, tmp_path):
     result = run(*line, '--max_iters=4')
     assert result.code == 0, result.err
     assert list(losses(tmp_path / 'out')) == [0, 2, 4]
+
+
+# -----------------------------------------------------------------------------
+# what a hacker changed
+
+
+def test_a_mistake_while_saving_is_no_full_disk(save, monkeypatch):
+    def wrong(self, folder, end_of_text=None):
+        raise RuntimeError('mine')
+
+    monkeypatch.setattr(GPT, 'save_pretrained', wrong)
+    with pytest.raises(RuntimeError, match='^mine$'):
+        save(1)
+
+
+def test_progress_that_cannot_be_read_back_is_not_saved(save, monkeypatch):
+    monkeypatch.setattr(checkpoint.torch, 'save', with_numpy_progress(torch.save))
+    with pytest.raises(pickle.UnpicklingError):
+        save(1)
+    assert not checkpoint.checkpoints('out')
+
+
+def with_numpy_progress(torch_save):
+    def changed_save(value, file):
+        torch_save({'loss': np.float64(1.0)} if 'step' in value else value, file)
+
+    return changed_save

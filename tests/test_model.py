@@ -512,6 +512,8 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
             "activation_function='relu' is not implemented here, only 'gelu_new'",
         ),
         ({'n_embd': None}, 'not that of a model known here|n_embd=None'),
+        ({'n_layer': '2'}, "not that of a model known here.*n_layer='2'"),
+        ({'n_inner': [64]}, r'not that of a model known here.*intermediate_size=\[64\]'),
         ({'n_layer': 4}, r'h\.3\..* is missing.*\(and 9 more\)'),
     ],
 )
@@ -523,6 +525,17 @@ def test_a_config_that_is_not_understood_is_refused(tmp_path, config, message):
         GPT.from_pretrained(tmp_path)
     path.write_text('{"model_type"')
     with pytest.raises(UserError, match='not that of a model known here'):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_a_mistake_in_the_code_is_not_blamed_on_the_file(tmp_path, monkeypatch):
+    small_model().save_pretrained(tmp_path)
+
+    def wrong(self):
+        raise TypeError('mine')
+
+    monkeypatch.setattr(GPTConfig, '__post_init__', wrong)
+    with pytest.raises(TypeError, match='^mine$'):
         GPT.from_pretrained(tmp_path)
 
 

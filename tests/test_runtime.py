@@ -66,6 +66,7 @@ SIZE = 'Out of memory: reduce batch_size, block_size or the model: '
         (ValueError('too many values to unpack'), None),
         (FileNotFoundError(errno.ENOENT, 'No such file', 'x'), None),
         (RuntimeError('[gloo] Connection closed by peer'), None),
+        (ValueError('mine: the bucket ran out of memory slots'), None),
     ],
 )
 def test_a_user_gets_a_sentence_and_a_hacker_a_traceback(error, sentence, capsys, monkeypatch):
@@ -111,6 +112,8 @@ def test_of_several_processes_the_first_speaks_first(capsys, monkeypatch):
     assert explain(UserError('No.'), capsys) == 'No.\n' and not slept
     expected = 'Another process has ended, see why above: [gloo] Connection closed by peer\n'
     assert explain(lost, capsys) == expected
+    mine = RuntimeError('ProcessGroupGloo does not support my_op')
+    assert explain(mine, capsys) == f'RuntimeError: {mine}\n', 'a traceback'
     monkeypatch.setenv('RANK', '1')
     assert explain(UserError('No.'), capsys) == 'No.\n' and slept == [5]
     assert explain(lost, capsys) == '', 'one is enough'

@@ -704,14 +704,14 @@ def test_an_id_outside_the_vocabulary_is_refused(run, sheep):
     tokens = np.fromfile(sheep / 'train.bin', dtype=np.uint16)
     tokens[-1] = 300
     tokens.tofile(sheep / 'train.bin')
-    assert 'train.bin has the id 300, the vocabulary 257' in train(run, code=1).err
+    assert 'train.bin has id 300, the vocabulary 257' in train(run, code=1).err
 
 
 def test_a_recorded_id_outside_the_vocabulary_is_refused(run, sheep):
     meta = json.loads((sheep / 'meta.json').read_text())
     meta['val']['highest'] = 70_000
     (sheep / 'meta.json').write_text(json.dumps(meta))
-    assert 'val.bin has the id 70,000, the vocabulary 257' in train(run, code=1).err
+    assert 'val.bin has id 70,000, the vocabulary 257' in train(run, code=1).err
 
 
 def test_checksums_are_compared_on_request(run, sheep):
