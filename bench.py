@@ -354,10 +354,10 @@ def tiktoken_rate(vocabulary, parts, n_threads):
 
     def encode(encoding, own_parts):
         for part in own_parts:
-            encoding.encode_to_numpy(part, disallowed_special=())
+            encoding.encode(part)
 
     rounds = math.ceil(corpus_mb / 32)
-    encodings = [tokenizer.copy(vocabulary) for _ in range(n_threads)]
+    encodings = [vocabulary.copy() for _ in range(n_threads)]
     shares = [rounds * parts[i::n_threads] for i in range(n_threads)]
     start = time.perf_counter()
     with ThreadPoolExecutor(n_threads) as pool:

@@ -1,7 +1,8 @@
 """A training state as a folder that is complete or absent, out_dir/step_00002000/, and back.
 
     config.json, model.safetensors    the model, as `transformers` opens it
-    tokenizer.json, tokenizer_config.json
+    generation_config.json
+    tokenizer.json, ...               the tokenizer's files
     train_state.pt                    progress, optimizer and scaler; read with weights_only=True
     meta.json                         step, loss, the run's knobs, torch's version; size and
                                       checksum of the files above
@@ -27,6 +28,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+import tokenizer as tokenizers
 from model import GPTConfig, read_config
 from runtime import UserError
 
@@ -69,7 +71,7 @@ class SavedRun:
 # save
 
 
-def save(out_dir, model, dataset, meta, state=None, keep_last=1):
+def save(out_dir, model, tokenizer, meta, state=None, keep_last=1):
     """Save the checkpoint of meta['step'], delete those no longer kept, and return its path.
 
     meta: what a person may want to read, JSON. state: what only training needs, tensors and plain
@@ -82,7 +84,7 @@ def save(out_dir, model, dataset, meta, state=None, keep_last=1):
     for leftover in path.parent.glob('.[sw]*_*.tmp'):  # of a process that was killed
         shutil.rmtree(leftover)
     try:
-        write_files(temporary, model, dataset, meta, state)
+        write_files(temporary, model, tokenizer, meta, state)
     except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f'{path} could not be saved: {str(error).splitlines()[0]}') from None
@@ -92,12 +94,11 @@ def save(out_dir, model, dataset, meta, state=None, keep_last=1):
     return path
 
 
-def write_files(folder, model, dataset, meta, state):
+def write_files(folder, model, tokenizer, meta, state):
     """Write all files of a checkpoint into a new folder, and wait until they are on the disk."""
     folder.mkdir(parents=True)
-    model.save_pretrained(folder, end_of_text=dataset.end_of_text)
-    for name in ('tokenizer.json', 'tokenizer_config.json'):
-        shutil.copyfile(Path(dataset.folder) / name, folder / name)
+    model.save_pretrained(folder, tokenizer.special_ids)
+    tokenizers.save(tokenizer, folder)
     if state is not None:
         # What could not be read back is refused now, with a traceback.
         progress = io.BytesIO()
@@ -268,9 +269,9 @@ def load_run(out_dir, config, data):
     Raises UserError where they are for another model, optimizer or text than the checkpoint's.
     """
     path = find(out_dir, 'last', training=True)
-    check_shape(path, out_dir, config)
     meta = read_meta(path)
     knobs = meta['config']
+    check_shape(path, out_dir, config, knobs)
     optimizer = knobs.get('optimizer')
     if optimizer != config['optimizer']:
         raise UserError(f"{path} was trained with optimizer='{optimizer}': resume it with this.")
@@ -287,12 +288,14 @@ def load_run(out_dir, config, data):
     return SavedRun(path, meta, Progress(**progress), optimizer, scaler, changed)
 
 
-def check_shape(path, out_dir, config):
+def check_shape(path, out_dir, config, knobs):
     """Raise UserError unless the knobs describe the model of a checkpoint.
 
-    Compared are the fields of GPTConfig that are knobs, except dropout, which may change.
+    Compared are the fields of GPTConfig that are knobs, except dropout, which may change. knobs:
+    those that it was saved with.
     """
-    saved = read_config(path)
+    # A rotary model may be trained on windows shorter than its context; these must stay the same.
+    saved = replace(read_config(path), block_size=knobs['block_size'])
     comparable = config.keys() - {'dropout'}
     names = [field.name for field in fields(GPTConfig) if field.name in comparable]
     asked = {name: config[name] for name in names}

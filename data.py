@@ -34,8 +34,8 @@ FILES = ('train.bin', 'val.bin', 'meta.json', 'tokenizer.json', 'tokenizer_confi
 class Dataset:
     """A prepared dataset, `data/NAME/`, or nanoGPT's train.bin and val.bin as they are.
 
-    train, val: memory-mapped token ids. tokenizer: a tiktoken.Encoding. meta: what prepare.py wrote
-    in meta.json. verify: compare the checksums, too, which reads all of the files.
+    train, val: memory-mapped token ids. tokenizer: see tokenizer.py. meta: what prepare.py wrote in
+    meta.json. verify: compare the checksums, too, which reads all of the files.
     Raises UserError for files that are missing or do not fit together.
     """
 
@@ -105,17 +105,13 @@ class Dataset:
             window = f'one window of block_size={block_size} and its target'
             raise UserError(f'{what} {window}: prepare more text or choose a smaller block_size.')
 
-    def check_vocabulary(self, vocab_size, source):
-        """Raise UserError unless a model of `vocab_size` tokens, `source`, has this vocabulary.
+    def check_vocabulary(self, tokenizer, vocab_size, source):
+        """Raise UserError unless a model, `source`, has this vocabulary, by its tokenizer.
 
-        Published models often have a little more, to round the number up.
+        vocab_size: of the model, which may have a few tokens more to round the number up.
         """
-        fits = 0.99 * vocab_size < self.vocab_size <= vocab_size
-        if source in PUBLISHED:
-            fits = fits and self.kind == 'gpt2'
-        elif os.path.exists(os.path.join(source, 'tokenizer.json')):
-            fits = fits and tokenizers.same(tokenizers.load(source), self.tokenizer)
-        if not fits:
+        fits = tokenizers.same_vocabulary(tokenizer, self.tokenizer)
+        if not fits or self.vocab_size > vocab_size:
             name = 'gpt2' if source in PUBLISHED else source
             what = f'The model {source} has a vocabulary of {vocab_size:,} tokens'
             other = f'{self.folder} another one of {self.vocab_size:,}'
@@ -142,7 +138,7 @@ def import_nanogpt(folder):
     tokenizer = tokenizers.build('gpt2')
     meta = {'format': 1, 'source': ['nanoGPT'], 'dtype': 'uint16', 'tokenizer': 'gpt2'}
     meta['vocab_size'] = tokenizer.n_vocab
-    meta['end_of_text'] = tokenizer.eot_token
+    meta['end_of_text'] = tokenizer.end_of_text
     for split in ('train', 'val'):
         meta[split] = describe_gpt2_tokens(os.path.join(folder, f'{split}.bin'), tokenizer)
     has_tokenizer = 'tokenizer.json' in list_folder(folder)
@@ -170,11 +166,11 @@ def describe_gpt2_tokens(path, tokenizer):
         counts += np.bincount(part, minlength=2**16)
         digest.update(part)
 
-    end_of_text = tokenizer.eot_token  # the last id; it stands for no bytes
+    end_of_text = tokenizer.end_of_text  # the last id; it stands for no bytes
     if not counts[:end_of_text].any() or counts[tokenizer.n_vocab :].any():
         what = "GPT-2's tokens, 16 bits each"
         raise UserError(f'{path} does not hold {what}: prepare the text again.')
-    n_bytes = [len(tokenizer.decode_single_token_bytes(i)) for i in range(end_of_text)]
+    n_bytes = [len(token) for token in sorted(tokenizer.ranks, key=tokenizer.ranks.get)]
     return {
         'tokens': len(tokens),
         'bytes': int(counts[:end_of_text] @ np.array(n_bytes)),
@@ -197,13 +193,15 @@ def count_windows(tokens, block_size, stride=None):
 
 
 def get_batch(tokens, block_size, window_ids, stride=None):
-    """The windows of these ids: inputs and targets, each (len(window_ids), block_size) int64.
+    """The windows of these ids: inputs and targets, each (len(window_ids), T) int64.
 
-    Past the end of the tokens, inputs are 0 and targets IGNORE.
+    T is block_size, or less where all the tokens are less. Past the end of the tokens, inputs are 0
+    and targets IGNORE.
     """
     stride = stride or block_size
-    x = np.zeros((len(window_ids), block_size), dtype=np.int64)
-    y = np.full((len(window_ids), block_size), IGNORE, dtype=np.int64)
+    T = min(block_size, len(tokens) - 1)
+    x = np.zeros((len(window_ids), T), dtype=np.int64)
+    y = np.full((len(window_ids), T), IGNORE, dtype=np.int64)
     for row, window_id in enumerate(window_ids):
         start = window_id * stride
         window = tokens[start : start + block_size + 1]

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 
-import tokenizer as tokenizers
 from runtime import UserError
 from tokenizer import END_OF_TEXT
 
@@ -33,6 +32,7 @@ WIKITEXT = 'Salesforce/wikitext'
 VALIDATION_SPLITS = ('validation', 'valid', 'val', 'dev')  # as corpora of the Hub call theirs
 
 PIECE = 2**20  # characters; a longer text is read and tokenized in pieces
+AROUND_CUT = 500  # characters on each side of a cut that tell whether a tokenizer joins them
 SAMPLE = 10**8  # characters that a bpe vocabulary is learned from, taken from all training text
 # A survey that has seen this much knows that the corpus is a large one, and may stop.
 SURVEY_DOCUMENTS = 10**4
@@ -369,11 +369,39 @@ def in_batches(divided):
     yield from batches.items()
 
 
+def join_pieces(divided, tokenizer):
+    """Join again the pieces of a document that a tokenizer would join: (split, text, ends).
+
+    Where one was cut, the tokens of the text around that place must be those of both sides. It
+    always is for our own tokenizers; Llama 2's puts a space before every text, so its documents
+    stay whole.
+    """
+    if tokenizer.kind != 'published':
+        yield from divided
+        return
+    parts = []
+    for split, text, ends in divided:
+        if parts and is_cut(parts[-1][-AROUND_CUT:], text[:AROUND_CUT], tokenizer):
+            yield split, ''.join(parts), False
+            parts = []
+        parts.append(text)
+        if ends:
+            yield split, ''.join(parts), True
+            parts = []
+
+
+def is_cut(left, right, tokenizer):
+    """Tell whether two texts side by side have the tokens of each."""
+    whole, *sides = tokenizer.encode_batch([left + right, left, right])
+    return np.array_equal(whole, np.concatenate(sides))
+
+
 def encode_pieces(pieces, tokenizer, end_of_text, dtype='uint32'):
     """Tokenize [(text, ends), ...], with the id `end_of_text`, if not None, after each document.
 
-    Returns the ids, (n,) of the dtype, and of each piece the number of its tokens, its UTF-8 bytes
-    and whether a document ends there, (len(pieces),) int64 each.
+    Returns the ids, (n,) of the dtype; of each piece the number of its tokens, its UTF-8 bytes and
+    whether a document ends there, (len(pieces),) int64 each; and what the tokenizer changes, see
+    find_changes there, which raises UserError if text would be lost.
     """
     texts = [text for text, _ in pieces]
     ends = np.array([ends for _, ends in pieces], np.int64)
@@ -381,7 +409,15 @@ def encode_pieces(pieces, tokenizer, end_of_text, dtype='uint32'):
 
     encoded = encode_joined(texts, ends, tokenizer, end_of_text)
     ids, n_tokens = encoded or encode_one_by_one(texts, ends, tokenizer, end_of_text)
-    return ids.astype(dtype), n_tokens, sizes, ends
+
+    # Decoded again, without the end-of-text tokens.
+    stops = n_tokens.cumsum()
+    if end_of_text is not None:
+        stops -= ends
+    starts = n_tokens.cumsum() - n_tokens
+    bounds = zip(starts.tolist(), stops.tolist(), strict=True)
+    changes = tokenizer.find_changes(texts, [ids[start:stop] for start, stop in bounds])
+    return ids.astype(dtype), n_tokens, sizes, ends, changes
 
 
 def encode_joined(texts, ends, tokenizer, end_of_text):
@@ -391,12 +427,12 @@ def encode_joined(texts, ends, tokenizer, end_of_text):
     """
     joined = END_OF_TEXT.join(texts)
     # Whole documents, but for the end of the last one, joined by a token that the tokenizer knows.
-    is_known = end_of_text is not None and tokenizer.name != 'char'
+    is_known = end_of_text is not None and tokenizer.kind in ('gpt2', 'bpe', 'byte')
     # If it is in one of the texts as well, it is plain text there and not the token.
     if not is_known or not ends[:-1].all() or joined.count(END_OF_TEXT) != len(texts) - 1:
         return None
     try:
-        ids = tokenizers.encode(tokenizer, joined, {END_OF_TEXT})
+        ids = tokenizer.encode(joined, {END_OF_TEXT})
     except UserError:
         return None  # one by one, the error will name a place in the document, not in the batch
 
@@ -408,7 +444,7 @@ def encode_joined(texts, ends, tokenizer, end_of_text):
 
 def encode_one_by_one(texts, ends, tokenizer, end_of_text):
     """Tokenize each text by itself. Returns the ids and the number of tokens of each text."""
-    encoded = [tokenizers.encode(tokenizer, text) for text in texts]
+    encoded = tokenizer.encode_batch(texts)
     n_tokens = np.array([len(ids) for ids in encoded], np.int64)
     ids = np.concatenate([np.array([], np.uint32), *encoded])  # it needs at least one array
     if end_of_text is None:
@@ -419,14 +455,14 @@ def encode_one_by_one(texts, ends, tokenizer, end_of_text):
 def encode_all(batches, tokenizer, end_of_text, dtype, n_threads=1):
     """Turn (split, pieces) into (split, *encode_pieces(pieces)), in order, by several threads.
 
-    Threads are enough, since tiktoken releases the GIL. No more batches are taken ahead than keep
-    all threads busy.
+    Threads are enough, since tiktoken and tokenizers release the GIL. No more batches are taken
+    ahead than keep all threads busy.
     """
     pending = collections.deque()  # future results
     thread = threading.local()
 
     def start_thread():
-        thread.tokenizer = tokenizers.copy(tokenizer)
+        thread.tokenizer = tokenizer.copy()
 
     def encode_batch(split, pieces):
         return split, *encode_pieces(pieces, thread.tokenizer, end_of_text, dtype)

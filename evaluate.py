@@ -34,7 +34,7 @@ from runtime import UserError, begin_script, make_autocast, pick_device, pick_dt
 
 # -----------------------------------------------------------------------------
 # model
-init_from = 'resume'  # 'resume' (a checkpoint in out_dir), 'gpt2' to 'gpt2-xl', or a model folder
+init_from = 'resume'  # 'resume' (a checkpoint in out_dir), 'gpt2', ORG/NAME of the Hub, a folder
 out_dir = 'out'  # the run to take a checkpoint from
 checkpoint: Literal['best', 'last'] = 'best'  # which one; the best has the lowest validation loss
 # text
@@ -43,7 +43,7 @@ split: Literal['val', 'train'] = 'val'  # which part of the dataset
 input: str | None = None  # in place of a dataset: files and folders, separated by commas
 text_column = 'text'  # of tables among them
 stride: int | None = None  # between windows, in tokens; None: block_size (no overlap)
-block_size: int | None = None  # context, in tokens; None: the model's
+block_size: int | None = None  # context, in tokens; None: the run's, or else the model's
 detokenize = False  # undo WikiText's spaces around punctuation, as GPT-2's paper does
 # questions
 hellaswag: str | None = None  # a file of HellaSwag's validation split, or 'hub'
@@ -74,9 +74,10 @@ device = parallel.init_process_group(pick_device(device), None, parallel.world_s
 autocast = make_autocast(device, pick_dtype(dtype, device))
 folder, model, tokenizer = load_model(init_from, out_dir, checkpoint)
 model.to(device).eval()
-end_of_text = tokenizers.end_of_text_id(tokenizer)  # None: the tokenizer has none
+end_of_text = tokenizer.end_of_text  # None: the tokenizer has none
 check_range(config, 1, model.config.block_size, 'block_size')
-block_size = block_size or model.config.block_size
+run_config = read_meta(folder)['config'] if init_from == 'resume' else {}
+block_size = block_size or run_config.get('block_size') or model.config.block_size
 check_range(config, 1, block_size, 'stride')
 
 # -----------------------------------------------------------------------------
@@ -99,16 +100,17 @@ def eval_text():
     if input is not None:
         source = input
         texts = read_texts(input)
+        n_bytes = sum(documents.utf8_size(text) for text in texts)
     else:
         data = open_dataset()
         source = f'{data.folder}, {split}'
         tokens = data.val if split == 'val' else data.train
         texts = decode_texts(tokens)
+        n_bytes = data.meta[split]['bytes']
 
     # Those of the raw text, so that models can be compared whatever their tokenizers. Words as
     # WikiText's authors count them: what stands between white space, and each line end.
     n_words = sum(len(text.split()) + text.count('\n') for text in texts)
-    n_bytes = sum(len(to_bytes(text)) for text in texts)
     if detokenize:
         texts = [undo_wikitext(text) for text in texts]
     if detokenize or input is not None:
@@ -140,13 +142,11 @@ def read_texts(paths):
 
 def open_dataset():
     """Open the dataset that the knobs name, or that the run was trained on."""
-    name = dataset
-    if name is None and init_from == 'resume':
-        name = read_meta(folder)['config']['dataset']
+    name = dataset or run_config.get('dataset')
     if name is None:
         raise UserError('Say what to evaluate it on: --dataset=NAME, --input=FILE, --hellaswag=hub')
     data = Dataset(name)
-    if not tokenizers.same(data.tokenizer, tokenizer):
+    if not tokenizers.same_vocabulary(data.tokenizer, tokenizer):
         raise UserError(
             f'{data.folder} has a vocabulary of {data.vocab_size:,} tokens, the model another one '
             f'of {tokenizer.n_vocab:,}: prepare the text with --tokenizer={folder}'
@@ -155,19 +155,12 @@ def open_dataset():
 
 
 def decode_texts(tokens):
-    """Decode a split of a dataset into one string per document.
-
-    A byte that is not UTF-8 becomes a surrogate: it counts as the byte it is.
-    """
+    """Decode a split of a dataset into one string per document."""
     parts = [tokens]
     if end_of_text is not None:
         parts = np.split(tokens, np.flatnonzero(tokens == end_of_text) + 1)
         parts = [part[part != end_of_text] for part in parts if len(part)]
-    return [tokenizer.decode_bytes(part).decode(errors='surrogateescape') for part in parts]
-
-
-def to_bytes(text):
-    return text.encode(errors='surrogateescape')
+    return [tokenizer.decode(part) for part in parts]
 
 
 def undo_wikitext(text):
@@ -179,7 +172,7 @@ def undo_wikitext(text):
 def tokenize_texts(texts):
     """Tokenize documents as prepare.py does, with end-of-text after each if there are several."""
     several = len(texts) > 1
-    pieces = [(to_bytes(text).decode(errors='replace'), several) for text in texts]
+    pieces = [(text, several) for text in texts]
     separator = end_of_text if several else None
     tokens, *_ = documents.encode_pieces(pieces, tokenizer, separator)
     return tokens
@@ -308,8 +301,8 @@ def make_request(context, continuation):
     Spaces that end the context belong to the continuation. Raises UserError when the model has no
     room for the continuation.
     """
-    ids = tokenizers.encode(tokenizer, context + continuation).tolist()
-    n_context = len(tokenizers.encode(tokenizer, context.rstrip()))
+    ids = tokenizer.encode(context + continuation).tolist()
+    n_context = len(tokenizer.encode(context.rstrip()))
     n_continuation = len(ids) - n_context
     if n_context == 0:  # something must come before the first token
         if end_of_text is None:

@@ -3,7 +3,6 @@
 Every option is an argument: nothing here knows a script's knobs.
 """
 
-import codecs
 import contextlib
 import math
 import os
@@ -35,12 +34,16 @@ def load_model(init_from, out_dir, which):
     else:
         folder = find_pretrained(init_from)
     model = GPT.from_pretrained(folder)
+    return folder, model, load_tokenizer(folder, model.config.vocab_size)
 
+
+def load_tokenizer(folder, vocab_size):
+    """Load the tokenizer of a model's folder. Raises UserError if it has none."""
     # Folders with GPT-2's weights may lack its tokenizer, but everybody knows it.
     has_tokenizer = os.path.exists(os.path.join(folder, 'tokenizer.json'))
-    if model.config.vocab_size == 50257 and not has_tokenizer:
-        return folder, model, tokenizers.build('gpt2')
-    return folder, model, tokenizers.load(folder)
+    if vocab_size == 50257 and not has_tokenizer:
+        return tokenizers.build('gpt2')
+    return tokenizers.load(folder)
 
 
 def to_column_major(model):
@@ -81,16 +84,20 @@ class TextStream:
     """One generated text, which grows token by token and hands out what can be shown.
 
     It shows whole characters only, and nothing that may be the beginning of a stop text.
+    stop: texts that end it. stop_ids: tokens that do. prompt: the ids that it continues.
     """
 
-    def __init__(self, tokenizer, stop=()):
+    def __init__(self, tokenizer, stop=(), stop_ids=(), prompt=()):
         self.tokenizer = tokenizer
-        self.stop = stop  # texts that end it
-        self.end_of_text = tokenizers.end_of_text_id(tokenizer)
-        # It keeps the bytes of a character until the last of them has come.
-        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
+        self.stop = stop
+        self.stop_ids = stop_ids
         self.text = ''  # without what ended it
-        self.tokens = 0  # without end-of-text
+        self.tokens = 0  # without the token that ended it
+        # A character may take several tokens, and how one is written may depend on those before it
+        # (Llama 2 has no space before a first word). So `pending` ones are decoded after `context`.
+        self.context = list(prompt[-10:])
+        self.pending = []
+        self.settled = ''  # the text of all tokens before `pending`
         self.finish = None  # why it has ended: 'end_of_text', 'stop' or 'length'
         self.n_shown = 0  # characters handed out so far
 
@@ -98,13 +105,20 @@ class TextStream:
         """Append a token, by its id. Returns the text that can be shown now."""
         if self.finish:
             return ''
-        if token == self.end_of_text:
+        if token in self.stop_ids:
             return self.close('end_of_text')
 
         self.tokens += 1
-        with contextlib.suppress(KeyError):  # an id that the model has but the tokenizer has not
-            token_bytes = self.tokenizer.decode_single_token_bytes(token)
-            self.text += self.decoder.decode(token_bytes)
+        self.pending.append(token)
+        new_text = self._read_pending()
+        # U+FFFD at the end: the last character has bytes missing.
+        complete = new_text.rstrip('\ufffd')
+        self.text = self.settled + complete
+        if complete == new_text:
+            self.settled = self.text
+            self.context = self.pending
+            self.pending = []
+
         stops_at = [self.text.find(stop) for stop in self.stop if stop in self.text]
         if stops_at:
             self.text = self.text[: min(stops_at)]
@@ -118,8 +132,12 @@ class TextStream:
         self.finish = reason
         if reason != 'stop':
             # U+FFFD in the place of a character that is incomplete.
-            self.text += self.decoder.decode(b'', final=True)
+            self.text = self.settled + self._read_pending()
         return self._show(len(self.text))
+
+    def _read_pending(self):
+        before = self.tokenizer.decode(self.context)
+        return self.tokenizer.decode(self.context + self.pending)[len(before) :]
 
     def _count_held_back(self):
         """Count the characters at the end that a stop text may begin with."""
@@ -134,20 +152,23 @@ class TextStream:
 
 def generate_text(
     model, tokenizer, prompt, num_samples=1, max_new_tokens=100,
-    seed=1337, stop=(), stream=lambda text: None, compile=False, **sampling,
+    seed=1337, stop=(), stream=lambda text: None, compile=False, is_chat=False, **sampling,
 ):  # fmt: skip
     """Generate texts that continue a prompt: a list of num_samples TextStreams, without the prompt.
 
-    stop: texts, each of which ends a sample before it. stream: called with each new piece of the
-    first sample's text as it is generated. compile: the decoding of one token. sampling:
-    temperature, top_k, ... as model.sample_next takes them. The same seed gives the same texts;
-    torch's global generator is left alone. Raises UserError for a prompt that cannot be used.
+    A sample ends at the model's own end-of-text tokens, and before a text in `stop`. stream: called
+    with each new piece of the first sample's text as it is generated. compile: the decoding of one
+    token. is_chat: the prompt is from a chat template, which begins it as the model wants.
+    sampling: temperature, top_k, ... as model.sample_next takes them. The same seed gives the same
+    texts; torch's global generator is left alone. Raises UserError for a prompt that cannot be
+    used.
     """
-    ids = _encode_prompt(tokenizer, prompt, model.config.block_size)
+    ids = encode_prompt(tokenizer, prompt, model.config.block_size, is_chat)
     device = model.wte.weight.device
     prompts = torch.tensor([ids] * num_samples, device=device)
     generator = torch.Generator(device).manual_seed(seed)
-    texts = [TextStream(tokenizer, stop) for _ in range(num_samples)]
+    stop_ids = model.stop_ids() | {tokenizer.end_of_text}
+    texts = [TextStream(tokenizer, stop, stop_ids, ids) for _ in range(num_samples)]
 
     steps = model.generate(prompts, max_new_tokens, compile, generator=generator, **sampling)
     for tokens in steps:  # each (num_samples, 1)
@@ -161,17 +182,22 @@ def generate_text(
     return texts
 
 
-def _encode_prompt(tokenizer, prompt, block_size):
-    """Return a prompt's ids; an empty one is an end-of-text. Raises UserError if it has none."""
+def encode_prompt(tokenizer, prompt, block_size, is_chat=False):
+    """Return a prompt's ids, a list. Special tokens in it are those tokens.
+
+    An empty one begins a document: it is what the tokenizer puts before a text, or end-of-text.
+    Raises UserError for a prompt that cannot be encoded.
+    """
     try:
-        ids = tokenizers.encode(tokenizer, prompt).tolist()
+        ids = tokenizer.encode_prompt(prompt)
     except UserError as error:
         raise UserError(f'Choose another prompt than {prompt[:20]!r}: {error}') from None
+    if not is_chat and ids[: len(tokenizer.prefix)] != tokenizer.prefix:
+        ids = tokenizer.prefix + ids
     if not ids:
-        end_of_text = tokenizers.end_of_text_id(tokenizer)
-        if end_of_text is None:
+        if tokenizer.end_of_text is None:
             raise UserError('The prompt is empty: give the model a text to continue with --start.')
-        ids = [end_of_text]
+        ids = [tokenizer.end_of_text]
     if len(ids) > block_size:
         used = f'the model sees the last {block_size:,} of them'
         print(f'The prompt has {len(ids):,} tokens: {used}.', file=sys.stderr)
@@ -194,19 +220,24 @@ def evaluate_loss(model, tokens, block_size, batch_size, autocast=None, stride=N
     device = next(model.parameters()).device
     overlap = block_size - (stride or block_size)
     n_windows = count_windows(tokens, block_size, stride)
+    full_shape = (batch_size, min(block_size, len(tokens) - 1))
     batch_losses = [torch.zeros((), device=device)]  # in nats, each summed over its targets
     n_targets = 0
 
     was_training = model.training
     model.eval()
     for first_of_all in range(0, n_windows, parallel.world_size * batch_size):
-        # Past the last window there are no targets; FSDP wants the same calls in every process.
         start = first_of_all + parallel.rank * batch_size
-        x, y = get_batch(tokens, block_size, range(start, start + batch_size), stride)
+        # FSDP wants the same calls in every process, so one that has no window left takes one past
+        # the end, without targets.
+        end = max(start + 1, min(start + batch_size, n_windows))
+        x, y = get_batch(tokens, block_size, range(start, end), stride)
         # What overlaps has been counted, but in the very first window, which has none before it.
         first_overlapping = 1 if start == 0 else 0
         y[first_overlapping:, :overlap] = IGNORE
-        with autocast or contextlib.nullcontext():
+        # A last batch with fewer windows is not worth compiling a model again.
+        stance = 'default' if x.shape == full_shape else 'force_eager'
+        with torch.compiler.set_stance(stance), autocast or contextlib.nullcontext():
             loss = model(x.to(device), y.to(device))
         n = int((y != IGNORE).sum())
         if n > 0:  # the mean over no targets is NaN
@@ -246,8 +277,9 @@ def log_likelihoods(model, requests, batch_size, autocast=None):
         targets = y[counts].to(device)
         with autocast or contextlib.nullcontext():
             hidden = model.forward_hidden(x.to(device))
-            logits = model.logits(hidden[counts.to(device)])  # (targets, V)
-        log_probs = logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        # In float32: rounded to 16 bits, the likeliest tokens would often be equally likely.
+        logits = model.logits(hidden[counts.to(device)].float())  # (targets, V)
+        log_probs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
         is_missed = logits.argmax(-1) != targets
 
         # Sum over the targets of each row.

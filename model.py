@@ -1,13 +1,14 @@
 """The whole GPT in one file: configuration, blocks, generation, loss, weights in and out.
 
-It imports nothing else of this project: copy it and use it alone. There are three architectures,
+It imports nothing else of this project: copy it and use it alone. There are four architectures,
 chosen by GPTConfig.arch. `transformers` has all of them, so a model saved here opens there, and the
 other way round:
 
               positions    norm         attention                       MLP       biases
     gpt2      learned      LayerNorm    multi-head                      GELU      yes, or bias=False
-    qwen3     rotary       RMSNorm      grouped queries, QK-norm        SwiGLU    no
     llama     rotary       RMSNorm      grouped queries                 SwiGLU    no
+    qwen2     rotary       RMSNorm      grouped queries                 SwiGLU    of q, k and v
+    qwen3     rotary       RMSNorm      grouped queries, QK-norm        SwiGLU    no
 
 Shapes in comments: B sequences, T positions, S positions in the KV cache, C = n_embd, H heads of
 queries, KV heads of keys and values, D = head_dim, V = vocabulary size, padded but for sampling.
@@ -18,19 +19,22 @@ import glob
 import json
 import math
 import os
+import re
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint as recompute_activations
 
 IGNORE = -1  # the target of a position that does not count
 MAX_LOGITS = 2**24  # a loss with more of them is computed in chunks
 
 ARCHITECTURES = {
-    'gpt2': 'GPT2LMHeadModel', 'qwen3': 'Qwen3ForCausalLM', 'llama': 'LlamaForCausalLM',
+    'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM', 'qwen2': 'Qwen2ForCausalLM',
+    'qwen3': 'Qwen3ForCausalLM',
 }  # fmt: skip
 # By name: GPT.from_pretrained('gpt2'), or without its weights GPT(GPTConfig(**PUBLISHED['gpt2'])).
 PUBLISHED = {
@@ -72,7 +76,8 @@ class GPTConfig:
     head_dim: int | None = None  # None: n_embd / n_head
     intermediate_size: int | None = None  # inside the MLP; None: 4 n_embd, SwiGLU about 8/3 n_embd
     rope_theta: float = 10000.0  # base of the rotary positions
-    norm_eps: float | None = None  # None: 1e-5, in qwen3 1e-6
+    rope_scaling: dict | None = None  # how a longer context was made, see scale_frequencies
+    norm_eps: float | None = None  # None: 1e-5, in qwen2 and qwen3 1e-6
     tie_weights: bool = True  # whether lm_head shares the weights of the token embedding
 
     def __post_init__(self):
@@ -108,12 +113,25 @@ class GPTConfig:
             self.bias = False
             default_size = round_up(8 * self.n_embd // 3, 64)
         self.intermediate_size = self.intermediate_size or default_size
-        self.norm_eps = self.norm_eps or (1e-6 if self.arch == 'qwen3' else 1e-5)
+        self.norm_eps = self.norm_eps or (1e-5 if self.arch in ('gpt2', 'llama') else 1e-6)
 
     @property
     def padded_vocab_size(self):
         """vocab_size up to a multiple of 64, which makes the matrix products of lm_head faster."""
         return round_up(self.vocab_size, 64)
+
+    def crop(self, block_size):
+        """The config for windows of block_size: gpt2's table of positions is cut to it.
+
+        Rotary positions are computed, so those models keep their whole context. Raises UserError
+        for a block_size above it.
+        """
+        if block_size > self.block_size:
+            raise UserError(
+                f'block_size={block_size} is longer than the context of the model, '
+                f'{self.block_size}: choose at most that.'
+            )
+        return replace(self, block_size=block_size) if self.arch == 'gpt2' else self
 
 
 def round_up(n, multiple):
@@ -128,6 +146,33 @@ def make_norm(config, width):
     if config.arch == 'gpt2':
         return nn.LayerNorm(width, config.norm_eps, bias=config.bias)
     return nn.RMSNorm(width, config.norm_eps)
+
+
+def make_rope(config, positions):
+    """cos and sin of the angles at positions, (T,): each (T, D) float32.
+
+    Computed when used, not kept: a model in 16 bits would round a table of them.
+    """
+    D = config.head_dim
+    exponents = torch.arange(0, D, 2, device=positions.device).float() / D
+    frequencies = 1 / config.rope_theta**exponents
+    if config.rope_scaling:
+        frequencies = scale_frequencies(frequencies, config.rope_scaling)
+    angles = torch.outer(positions.float(), frequencies).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+def scale_frequencies(frequencies, scaling):
+    """Slow the low frequencies of rotary positions down by a factor, and keep the high ones.
+
+    So Llama 3.1 came from a context of 8,192 tokens to 131,072 (Meta's reference code). Low ones
+    turn less than low_freq_factor times within the original context, high ones more than
+    high_freq_factor times; what is between is interpolated. frequencies: (D / 2,), per token.
+    """
+    turns = scaling['original_max_position_embeddings'] * frequencies / (2 * math.pi)
+    low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / scaling['factor']
 
 
 def apply_rope(x, cos, sin):
@@ -157,7 +202,8 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         H, KV, D = config.n_head, config.n_kv_head, config.head_dim
-        self.qkv = Linear(config.n_embd, (H * D, KV * D, KV * D), config.bias)
+        has_bias = config.bias or config.arch == 'qwen2'
+        self.qkv = Linear(config.n_embd, (H * D, KV * D, KV * D), has_bias)
         self.proj = Linear(H * D, (config.n_embd,), config.bias)
         if config.arch == 'qwen3':
             self.q_norm = make_norm(config, D)
@@ -236,10 +282,6 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(V, config.n_embd)
         if config.arch == 'gpt2':
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        else:
-            cos, sin = make_rope(config)
-            self.register_buffer('cos', cos, persistent=False)
-            self.register_buffer('sin', sin, persistent=False)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm_f = make_norm(config, config.n_embd)
@@ -254,6 +296,11 @@ class GPT(nn.Module):
             pad_mask = torch.zeros(V).masked_fill(is_padding, -math.inf)
         self.register_buffer('pad_mask', pad_mask, persistent=False)
         self.init_weights()
+
+        # Of a published model: the contents of its config.json and generation_config.json, of which
+        # save_pretrained keeps what has no place in GPTConfig.
+        self.hf_config = {}
+        self.generation_config = {}
 
     def forward(self, idx, targets=None, reduction='mean'):
         x = self.forward_hidden(idx)
@@ -278,7 +325,7 @@ class GPT(nn.Module):
         if self.config.arch == 'gpt2':
             x = x + self.wpe(positions)
         else:
-            rope = self.cos[positions], self.sin[positions]
+            rope = make_rope(self.config, positions)
         x = self.drop(x)
 
         mask = None  # causal
@@ -344,7 +391,7 @@ class GPT(nn.Module):
         padding = n_rows * n_matrices * self.config.n_embd
         return sum(parameter.numel() for parameter in self.parameters()) - padding
 
-    def flops_per_token(self):
+    def flops_per_token(self, block_size=None):
         """Floating-point operations per token of a training step, forward and backward.
 
         6 N + 12 · layers · heads · head_dim · context (Chowdhery et al., 2022, PaLM, appendix B),
@@ -354,7 +401,7 @@ class GPT(nn.Module):
         """
         c = self.config
         # Per token q meets block_size keys and as many values, each product of H · D terms.
-        attention = 2 * c.n_head * c.head_dim * c.block_size
+        attention = 2 * c.n_head * c.head_dim * (block_size or c.block_size)
         flops = 0
         for block in self.blocks:
             is_frozen = not any(p.requires_grad for p in block.parameters())
@@ -403,42 +450,58 @@ class GPT(nn.Module):
     # weights in and out; their format is the last part of this file
 
     @classmethod
-    def from_pretrained(cls, source, **changes):
-        """The model of a local folder, or of a name in PUBLISHED, downloaded from the Hub.
+    def from_pretrained(cls, source, block_size=None, **changes):
+        """The model of a folder, or of a name on the Hugging Face Hub: see find_pretrained.
 
-        changes: fields of GPTConfig to override, such as dropout=0.1; block_size can only shrink.
-        Raises UserError when there is no such model, or when something does not fit.
+        block_size: the windows it is for, see GPTConfig.crop; None: its whole context. changes:
+        fields of GPTConfig to override, such as dropout=0.1. Raises UserError when there is no such
+        model, or when something does not fit.
         """
         folder = find_pretrained(source)
         config = read_config(folder)
-        block_size = changes.get('block_size', config.block_size)
-        if block_size > config.block_size:
-            raise UserError(f'block_size={block_size}, but {folder} has only {config.block_size}.')
-        model = cls(replace(config, **changes))
-        load_weights(model, read_weights(folder), folder)
+        config = config.crop(block_size or config.block_size)
+        with SkipInit():
+            model = cls(replace(config, **changes))
+        load_weights(model, folder)
+        model.hf_config = read_json(folder, 'config.json')
+        if os.path.exists(os.path.join(folder, 'generation_config.json')):
+            model.generation_config = read_json(folder, 'generation_config.json')
         return model
 
-    def save_pretrained(self, folder, end_of_text=None):
-        """Write config.json and model.safetensors, as `transformers` reads them.
+    def save_pretrained(self, folder, special_ids=None):
+        """Write config.json, generation_config.json and model.safetensors, for `transformers`.
 
-        end_of_text: its token id. Raises UserError, before it writes, for what would not be read
-        back as it is.
+        special_ids: {'bos', 'eos', 'pad': token id} of the tokenizer, for a model that has none of
+        its own. Raises UserError, before it writes, for what would not be read back as it is.
         """
         check_round_trip(self)
-        with open(os.path.join(folder, 'config.json'), 'w', encoding='utf-8') as file:
-            json.dump(to_hf_config(self, end_of_text), file, indent=2)
+        config = to_hf_config(self, special_ids or {})
+        generation_config = self.generation_config
+        if not generation_config:
+            names = [name for name in config if name.endswith('_token_id')]
+            generation_config = {name: config[name] for name in names}
+        files = {'config.json': config, 'generation_config.json': generation_config}
+        for name, contents in files.items():
+            with open(os.path.join(folder, name), 'w', encoding='utf-8') as file:
+                json.dump(contents, file, indent=2)
         weights = {name: view.cpu().contiguous() for name, view in hf_tensors(self).items()}
         if self.config.arch == 'gpt2' and not self.config.bias:
             add_zero_biases(weights)
         save_file(weights, os.path.join(folder, 'model.safetensors'), metadata={'format': 'pt'})
 
+    def stop_ids(self):
+        """The ids of the tokens that end a text, as its published files name them: a set."""
+        eos = self.generation_config.get('eos_token_id', self.hf_config.get('eos_token_id'))
+        return set(eos if isinstance(eos, list) else [eos]) - {None}
 
-def make_rope(config):
-    """cos and sin of the angles of all positions, each (block_size, D)."""
-    D = config.head_dim
-    frequencies = 1 / config.rope_theta ** (torch.arange(0, D, 2).float() / D)
-    angles = torch.outer(torch.arange(config.block_size).float(), frequencies).repeat(1, 2)
-    return angles.cos(), angles.sin()
+
+class SkipInit(TorchDispatchMode):
+    """Draw no random numbers: weights are loaded over them, and of a large model they take long."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default):
+            return args[0]
+        return function(*args, **(kwargs or {}))
 
 
 class KVCache:
@@ -615,7 +678,7 @@ GPT2_LAYERS = {
 }
 _ATTN = 'model.layers.{i}.self_attn.'
 _MLP = 'model.layers.{i}.mlp.'
-LLAMA_LAYERS = {  # and qwen3
+LLAMA_LAYERS = {  # and qwen2 and qwen3
     'wte': ['model.embed_tokens'],
     'blocks.{i}.norm1': ['model.layers.{i}.input_layernorm'],
     'blocks.{i}.attn.qkv': [_ATTN + 'q_proj', _ATTN + 'k_proj', _ATTN + 'v_proj'],
@@ -644,15 +707,30 @@ REQUIRED = {'vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd', 'norm_eps
 # What transformers computes with. A field that you add to GPTConfig does not belong here.
 TRANSFORMERS_FIELDS = REQUIRED | {
     'arch', 'dropout', 'bias', 'n_kv_head', 'head_dim', 'intermediate_size', 'rope_theta',
-    'tie_weights',
+    'rope_scaling', 'tie_weights',
 }  # fmt: skip
 
-# Other entries of a config.json, and the only value that is supported here.
+# Other entries of a config.json, and the only values that are supported here.
 IMPLEMENTED = {
-    'activation_function': 'gelu_new', 'hidden_act': 'silu', 'attention_bias': False,
-    'mlp_bias': False, 'use_sliding_window': False, 'scale_attn_by_inverse_layer_idx': False,
-    'rope_type': 'default',
+    'activation_function': ('gelu_new', 'gelu_pytorch_tanh'), 'hidden_act': ('silu', 'swish'),
+    'attention_bias': (False,), 'mlp_bias': (False,), 'add_cross_attention': (False,),
+    'scale_attn_weights': (True,), 'scale_attn_by_inverse_layer_idx': (False,),
+    'rope_type': ('default', 'llama3'), 'partial_rotary_factor': (1.0,),
+    'layer_types': ('full_attention',), 'quantization_config': (None,),
 }  # fmt: skip
+# The parameters of rope_type llama3.
+SCALING = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
+
+# What is wanted of a repository of the Hub.
+CONFIG_FILES = [
+    'config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json',
+    'special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja', 'chat_template.json',
+    'tokenizer.model', 'vocab.json', 'merges.txt',
+]  # fmt: skip
+
+
+# Entries of a published config.json that the ones written here replace, or that are for other code.
+REPLACED = ('torch_dtype', 'auto_map', 'transformers_version')
 
 
 def hf_fields(arch):
@@ -669,7 +747,8 @@ def hf_names(name, arch):
         _, i, layer_in_block = layer.split('.', 2)
         layer = 'blocks.{i}.' + layer_in_block
     layers = GPT2_LAYERS if arch == 'gpt2' else LLAMA_LAYERS
-    if layer not in layers or (kind == 'bias' and arch != 'gpt2'):
+    has_bias = arch == 'gpt2' or (arch == 'qwen2' and layer.endswith('qkv'))
+    if layer not in layers or (kind == 'bias' and not has_bias):
         return []
     return [f'{theirs.format(i=i)}.{kind}' for theirs in layers[layer]]
 
@@ -712,23 +791,28 @@ def transformers_has_it(model):
     return names_known and all(getattr(model.config, f.name) == f.default for f in added)
 
 
-def to_hf_config(model, end_of_text=None):
-    """The contents of config.json, all fields of GPTConfig among them."""
+def to_hf_config(model, special_ids):
+    """The contents of config.json: a published model's own, and all fields of GPTConfig."""
     c = model.config
     # transformers must not take a changed model for its own, so that has another name.
     model_type = c.arch if transformers_has_it(model) else 'flatgpt'
-    config = {theirs: getattr(c, ours) for ours, theirs in hf_fields(c.arch).items()}
+    config = {name: value for name, value in model.hf_config.items() if name not in REPLACED}
+    config.update({theirs: getattr(c, ours) for ours, theirs in hf_fields(c.arch).items()})
     architecture = ARCHITECTURES.get(model_type, model_type)
     dtype = str(model.wte.weight.dtype).removeprefix('torch.')
     config.update(model_type=model_type, architectures=[architecture], dtype=dtype)
-    config.update(bos_token_id=end_of_text, eos_token_id=end_of_text)
+    for role in ('bos', 'eos', 'pad'):
+        if config.get(f'{role}_token_id') is None:
+            config[f'{role}_token_id'] = special_ids.get(role)
     if model_type == 'flatgpt':
         config['fields'] = list(hf_fields(c.arch))
+    if c.rope_scaling is None:  # transformers complains of the name; older ones need it
+        del config['rope_scaling']
     if c.arch == 'gpt2':
-        config.update(activation_function='gelu_new')
+        config.update(activation_function='gelu_new', n_ctx=c.block_size)
         config.update(attn_pdrop=c.dropout, embd_pdrop=c.dropout, resid_pdrop=c.dropout)
     else:
-        rope = {'rope_type': 'default', 'rope_theta': c.rope_theta}
+        rope = {'rope_type': 'default', **(c.rope_scaling or {}), 'rope_theta': c.rope_theta}
         config.update(hidden_act='silu', rope_parameters=rope)
     return config
 
@@ -741,11 +825,8 @@ def from_hf_config(config):
     if arch not in ARCHITECTURES:
         raise UserError(f"model_type='{arch}' is not one of {', '.join(ARCHITECTURES)}.")
     rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
-    asked = {'rope_type': rope.get('rope_type', rope.get('type', 'default')), **config}
-    for name, value in IMPLEMENTED.items():
-        if asked.get(name, value) != value:
-            raise UserError(f'{name}={asked[name]!r} is not implemented here, only {value!r}.')
-
+    rope = {**rope, 'rope_type': rope.get('rope_type', rope.get('type', 'default'))}
+    check_implemented({**config, **rope})
     for name in config.get('fields', ()):  # of a changed model
         if name not in hf_fields(arch):
             raise UserError(f'the model has a field {name}, which GPTConfig in model.py lacks.')
@@ -758,15 +839,33 @@ def from_hf_config(config):
             values[ours] = config[theirs]
     values['arch'] = arch
     values['rope_theta'] = float(rope.get('rope_theta') or config.get('rope_theta') or 10000.0)
-    for name in TRANSFORMERS_FIELDS.intersection(values) - {'arch'}:
+    for name in TRANSFORMERS_FIELDS.intersection(values) - {'arch', 'rope_scaling'}:
         if not isinstance(values[name], int | float | None):
             raise TypeError(f'{name}={values[name]!r}')
+    values['rope_scaling'] = None
+    if rope['rope_type'] == 'llama3':
+        numbers = {name: float(rope[name]) for name in SCALING}
+        values['rope_scaling'] = {'rope_type': 'llama3', **numbers}
     return values
+
+
+def check_implemented(config):
+    """Raise UserError for an entry of a config.json that is not computed here."""
+    for name, supported in IMPLEMENTED.items():
+        if name not in config:
+            continue
+        values = config[name] if isinstance(config[name], list) else [config[name]]
+        for value in values:  # None: as if it were not there
+            if value is not None and value not in supported:
+                raise UserError(f'{name}={value!r} is not implemented here, only {supported[0]!r}.')
+    n_full = config.get('max_window_layers', 0)  # the first so many layers have no window
+    if config.get('use_sliding_window') and n_full < config['num_hidden_layers']:
+        raise UserError('use_sliding_window=True is not implemented here, only False.')
 
 
 def check_round_trip(model):
     """Raise UserError when a model's files would not give the same model back."""
-    text = json.dumps(to_hf_config(model), default=repr)  # what JSON cannot hold will differ
+    text = json.dumps(to_hf_config(model, {}), default=repr)  # what JSON cannot hold will differ
     config = GPTConfig(**from_hf_config(json.loads(text)))
     before = {name: view.shape for name, view in hf_tensors(model).items()}
     with torch.device('meta'):  # without memory for its weights
@@ -783,69 +882,82 @@ def check_round_trip(model):
 
 def read_config(folder):
     """The GPTConfig of a folder. Raises UserError for a config.json that is missing or unknown."""
+    contents = read_json(folder, 'config.json')
     path = os.path.join(folder, 'config.json')
     try:
-        with open(path, encoding='utf-8') as file:
-            values = from_hf_config(json.load(file))
-    except FileNotFoundError:
-        raise UserError(f'{folder} is not a model folder (it has no config.json).') from None
+        values = from_hf_config(contents)
     except UserError as error:
         raise UserError(f'{path}: {error}') from None
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f'{path} is not that of a model known here: {error!r}') from None
     return GPTConfig(**values)  # outside, so that a mistake of yours in there has its traceback
 
 
-def read_weights(folder):
-    """{name: tensor} of all the safetensors in a folder, or else of its pytorch_model.bin."""
-    where = glob.escape(str(folder))
-    paths = glob.glob(f'{where}/model*.safetensors') or glob.glob(f'{where}/pytorch_model*.bin')
-    if not paths:
-        raise UserError(f'{folder} has neither model.safetensors nor pytorch_model.bin.')
-    weights = {}
-    for path in sorted(paths):
-        try:
-            if path.endswith('.safetensors'):
-                weights.update(load_file(path))
-            else:
-                weights.update(torch.load(path, map_location='cpu', weights_only=True))
-        except Exception as error:  # whatever a damaged file makes its reader raise
-            kind = type(error).__name__
-            raise UserError(f'{path} is damaged or incomplete ({kind}): get it again.') from None
-    return weights
+def read_json(folder, name):
+    """The object in a JSON file of a model folder. Raises UserError if it is missing or damaged."""
+    path = os.path.join(folder, name)
+    try:
+        with open(path, encoding='utf-8') as file:
+            return dict(json.load(file))
+    except FileNotFoundError:
+        raise UserError(f'{folder} is not a model folder (it has no {name}).') from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f'{path} is damaged: {error!r}') from None
+
+
+def list_weights(folder):
+    """The paths of a model's weights: one file, or the shards that an index names."""
+    for name in ('model.safetensors', 'pytorch_model.bin'):
+        path = os.path.join(folder, name)
+        if os.path.exists(f'{path}.index.json'):
+            shards = read_json(folder, f'{name}.index.json')['weight_map'].values()
+            return [os.path.join(folder, os.path.basename(shard)) for shard in sorted(set(shards))]
+        if os.path.exists(path):
+            return [path]
+    raise UserError(f'{folder} has neither model.safetensors nor pytorch_model.bin.')
+
+
+def read_weights(path):
+    """{name: tensor} of a file, memory-mapped. Raises UserError for a damaged one."""
+    try:
+        if path.endswith('.safetensors'):
+            return load_file(path)
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except Exception as error:  # whatever a damaged file makes its reader raise
+        kind = type(error).__name__
+        raise UserError(f'{path} is damaged or incomplete ({kind}): get it again.') from None
 
 
 @torch.no_grad()
-def load_weights(model, weights, source):
-    """Copy weights, {their name: tensor}, into a model. Raises UserError if any does not fit.
+def load_weights(model, folder):
+    """Copy the weights of a folder into a model, one file after the other.
 
     Names may lack the prefix `transformer.` or `model.`; position embeddings may be longer than
-    block_size. source: where the weights come from.
+    block_size. Raises UserError if any does not fit.
     """
-    targets = hf_tensors(model)
+    missing = hf_tensors(model)
+    known = set(missing)
     prefix = 'transformer.' if model.config.arch == 'gpt2' else 'model.'
-    weights = {
-        name if name in targets or name.startswith((prefix, 'lm_head.')) else prefix + name: tensor
-        for name, tensor in weights.items()
-    }
     problems = []
-    for name, target in targets.items():
-        tensor = weights.pop(name, None)
-        if tensor is None:
-            problems.append(f'{name} is missing')
-            continue
-        if name == 'transformer.wpe.weight':
-            tensor = tensor[: model.config.block_size]
-        if tensor.shape == target.shape:
-            target.copy_(tensor)
-        else:
-            problems.append(f'{name} is {tuple(tensor.shape)}, not {tuple(target.shape)}')
-    for name, tensor in weights.items():
-        if not is_redundant(name, tensor, model.config):
-            problems.append(f'{name} is not expected')
+    for path in list_weights(folder):
+        for name, tensor in read_weights(path).items():
+            if name not in known and not name.startswith((prefix, 'lm_head.')):
+                name = prefix + name
+            target = missing.pop(name, None)
+            if target is None:
+                if not is_redundant(name, tensor, model.config):
+                    problems.append(f'{name} is not expected')
+                continue
+            if name == 'transformer.wpe.weight':
+                tensor = tensor[: model.config.block_size]
+            if tensor.shape == target.shape:
+                target.copy_(tensor)
+            else:
+                problems.append(f'{name} is {tuple(tensor.shape)}, not {tuple(target.shape)}')
+    problems += [f'{name} is missing' for name in missing]
     if problems:
         more = f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''
-        raise UserError(f'The weights in {source} do not fit: {"; ".join(problems[:3])}{more}.')
+        raise UserError(f'The weights in {folder} do not fit: {"; ".join(problems[:3])}{more}.')
 
 
 def is_redundant(name, tensor, config):
@@ -857,20 +969,53 @@ def is_redundant(name, tensor, config):
     return name.endswith('.bias') and not config.bias and not tensor.any()
 
 
-def find_pretrained(source):
-    """The folder of a model: `source` itself, or the download of a name in PUBLISHED."""
-    if source not in PUBLISHED:
-        if not os.path.isdir(source):
-            names = ', '.join(PUBLISHED)
-            raise UserError(f'There is no folder {source}. Models known by name: {names}.')
+def find_pretrained(source, with_weights=True):
+    """The folder of a model: `source` itself, or the download of a name on the Hugging Face Hub.
+
+    A name is ORG/NAME or ORG/NAME@revision, or one of PUBLISHED. What is there already is not
+    downloaded again. Raises UserError when the model cannot be had.
+    """
+    name, _, revision = os.fspath(source).partition('@')
+    if name in PUBLISHED:
+        name = f'openai-community/{name}'
+    elif os.path.isdir(source):
         return source
+    if not re.fullmatch(r'[\w.-]+/[\w.-]+', name):
+        names = ', '.join(PUBLISHED)
+        raise UserError(
+            f'There is no folder {source}. Models known by name: {names}, and ORG/NAME of the '
+            'Hugging Face Hub.'
+        )
+    safetensors = ['model*.safetensors', 'model.safetensors.index.json']
+    files = CONFIG_FILES + safetensors if with_weights else CONFIG_FILES
+    folder = download(name, revision, files)
+    if with_weights and not glob.glob(f'{glob.escape(folder)}/model*.safetensors'):
+        download(name, revision, ['pytorch_model*.bin', 'pytorch_model.bin.index.json'])
+    return folder
+
+
+def download(name, revision, files):
+    """Download files of a repository, and return the folder. Raises UserError if it cannot be."""
+    from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
-    files = ['config.json', 'model.safetensors', 'tokenizer.json']
+    where = f'{name}@{revision}' if revision else name
     try:
-        return snapshot_download(f'openai-community/{source}', allow_patterns=files)
-    except Exception as error:  # whatever the network makes it raise
+        return snapshot_download(name, revision=revision or None, allow_patterns=files)
+    except hub.GatedRepoError:
+        what = f'{where} is gated: accept its terms on its page of the Hugging Face Hub'
+        raise UserError(f'{what}, then log in with: hf auth login') from None
+    except hub.RevisionNotFoundError:
+        raise UserError(f'{name} has no revision {revision} on the Hugging Face Hub.') from None
+    except hub.RepositoryNotFoundError:
         raise UserError(
-            f'{source} could not be downloaded from the Hugging Face Hub ({type(error).__name__}): '
-            f'connect to the internet, or name a folder that has its {", ".join(files)}.'
+            f'There is no folder {where}, and no model {name} on the Hugging Face Hub; a private '
+            'one needs: hf auth login'
+        ) from None
+    except Exception as error:  # whatever the network makes it raise
+        reason = (str(error).strip() or '?').splitlines()[0][:200]
+        raise UserError(
+            f'{where} could not be downloaded from the Hugging Face Hub, and is no folder here: '
+            'connect to the internet and try again, or name a folder with the model '
+            f'({type(error).__name__}: {reason})'
         ) from None

@@ -90,7 +90,7 @@ def dry_run(shape, knobs, activation_checkpointing):
 
         before = memory.peak = memory.now
         model.norm_f.register_forward_hook(lambda *_: live.append(memory.now))
-        idx = torch.zeros(knobs['batch_size'], shape.block_size, dtype=torch.int64)
+        idx = torch.zeros(knobs['batch_size'], knobs['block_size'], dtype=torch.int64)
         with make_autocast('cpu', knobs['dtype']):
             loss = model(idx, idx)
         loss.backward()
@@ -141,11 +141,8 @@ def model_shape(config, vocab_size):
     if source in PUBLISHED:  # nothing is downloaded
         shape = GPTConfig(**PUBLISHED[source])
     else:
-        shape = read_config(find_pretrained(source))
-    block_size = config['block_size']
-    if block_size > shape.block_size:
-        raise UserError(f'block_size={block_size} is more than the {shape.block_size} of {source}.')
-    return replace(shape, block_size=block_size, dropout=config['dropout'])
+        shape = read_config(find_pretrained(source, with_weights=False))
+    return replace(shape.crop(config['block_size']), dropout=config['dropout'])
 
 
 def print_plan(config):
@@ -161,7 +158,7 @@ def print_plan(config):
     data = Dataset(config['dataset']) if is_prepared else None
     vocab_size = data.vocab_size if data else GPTConfig.vocab_size
     shape = model_shape(config, vocab_size)
-    tokens = config['batch_size'] * shape.block_size
+    tokens = config['batch_size'] * config['block_size']
     if tokens * shape.padded_vocab_size > MOST_LOGITS:
         raise UserError(f'{tokens:,} tokens at once, batch_size x block_size, fit on no device.')
     with torch.device('meta'):  # no memory for the weights
@@ -181,11 +178,11 @@ def print_compute(model, data, config):
     """Print the size of a run in tokens, operations and hours. data: a Dataset or None."""
     shape = model.config
     n_steps = config['max_iters']
-    factors = (config['batch_size'], config['gradient_accumulation_steps'], shape.block_size)
+    factors = (config['batch_size'], config['gradient_accumulation_steps'], config['block_size'])
     tokens_per_step = math.prod(factors)
     tokens = n_steps * tokens_per_step
     n_params = model.count_parameters()
-    flops = model.flops_per_token()
+    flops = model.flops_per_token(config['block_size'])
 
     dataset = f'data/{config["dataset"]} is not prepared yet'
     epochs = ''

@@ -35,7 +35,7 @@ from runtime import UserError
 dataset = 'shakespeare'  # one of CORPORA below, or hf:ORG/NAME for any other corpus of the Hub
 input: str | None = None  # or your own files and folders, separated by commas
 name: str | None = None  # write to data/NAME; None: named after the corpus or the first file
-tokenizer = 'bpe'  # 'bpe', 'char', 'byte', 'gpt2', or the folder of a dataset or model that has one
+tokenizer = 'bpe'  # 'bpe', 'char', 'byte', 'gpt2', a folder that has one, or ORG/NAME of the Hub
 vocab_size = 4096  # of a bpe vocabulary
 val_fraction: float | None = None  # for validation; None: 0.1, at most 10 MB; streaming 0.0005
 max_tokens: int | None = None  # to train on, up to a document's end or a megabyte more; None: all
@@ -104,15 +104,20 @@ def write_splits(folder, encoded, n_bytes, max_tokens):
     """Write train.bin and val.bin, flushed to disk. Returns what meta.json says of each.
 
     encoded: what `documents.encode_all` yields. n_bytes: of the text, or None; for the bar.
+    Prints a note of each kind of change that the tokenizer makes to the text.
     """
+    changes = {}
     stats = {split: {'tokens': 0, 'bytes': 0, 'documents': 0, 'highest': 0} for split in SPLITS}
     digests = {split: hashlib.sha256() for split in SPLITS}
     limits = {'train': max_tokens or math.inf, 'val': math.inf}
     bar = tqdm(total=n_bytes, unit='B', unit_scale=True, ncols=80, leave=False, disable=None)
     with bar, open(folder / 'train.bin', 'wb') as train, open(folder / 'val.bin', 'wb') as val:
         files = {'train': train, 'val': val}
-        for split, ids, n_tokens, sizes, ends in encoded:
+        for split, ids, n_tokens, sizes, ends, batch_changes in encoded:
             row = stats[split]
+            for what, (how_often, example) in batch_changes.items():
+                before, example = changes.get(what, (0, example))
+                changes[what] = before + how_often, example
             # Pieces that begin before the limit, so that the last of them reaches it.
             tokens_before = row['tokens'] + n_tokens.cumsum() - n_tokens
             kept = np.count_nonzero(tokens_before < limits[split])
@@ -135,6 +140,9 @@ def write_splits(folder, encoded, n_bytes, max_tokens):
             os.fsync(file.fileno())
     for split in SPLITS:
         stats[split]['sha256'] = digests[split].hexdigest()
+    for what, (how_often, (text, decoded)) in changes.items():
+        times = f'{how_often:,} times; first, {text!r} comes back from its ids as {decoded!r}'
+        print(f'Note: the tokenizer {what}, {times}.')
     return stats
 
 
@@ -144,7 +152,8 @@ def publish(source, target):
     The old train.bin leaves first and the new one comes last: with it, the dataset is complete.
     """
     target.mkdir(parents=True, exist_ok=True)
-    (target / 'train.bin').unlink(missing_ok=True)
+    for name in ('train.bin', *tokenizers.FILES):
+        (target / name).unlink(missing_ok=True)
     for file in sorted(source.iterdir(), key=lambda file: file.name == 'train.bin'):
         os.replace(file, target / file.name)
 
@@ -237,7 +246,7 @@ if encoding is None:
         texts = documents.sample_texts(texts, n_bytes, seed)
     encoding = tokenizers.build(tokenizer, texts, vocab_size, end_of_text=several)
 
-end_of_text = tokenizers.end_of_text_id(encoding)
+end_of_text = encoding.end_of_text
 separator = end_of_text if several else None
 dtype = '<u2' if encoding.n_vocab <= 2**16 else '<u4'  # of the .bin files
 if several and end_of_text is None:
@@ -249,7 +258,9 @@ if several and end_of_text is None:
 target.parent.mkdir(exist_ok=True)
 with tempfile.TemporaryDirectory(prefix=f'.{target.name}-', dir=target.parent) as folder:
     temporary = Path(folder)
-    batches = documents.in_batches(read_splits(readers, lengths, fraction, seed))
+    batches = documents.in_batches(
+        documents.join_pieces(read_splits(readers, lengths, fraction, seed), encoding)
+    )
     n_threads = num_proc or count_cores()
     encoded = documents.encode_all(batches, encoding, separator, dtype, n_threads)
     # Ends its threads, and a Hub's readers, whatever happens.
@@ -261,7 +272,7 @@ with tempfile.TemporaryDirectory(prefix=f'.{target.name}-', dir=target.parent) a
 
     meta = {
         'format': 1, 'source': source, 'dtype': np.dtype(dtype).name,
-        'tokenizer': encoding.name, 'vocab_size': encoding.n_vocab, 'end_of_text': end_of_text,
+        'tokenizer': encoding.kind, 'vocab_size': encoding.n_vocab, 'end_of_text': end_of_text,
         'train': stats['train'], 'val': stats['val'],
     }  # fmt: skip
     (temporary / 'meta.json').write_text(json.dumps(meta, indent=1) + '\n')
@@ -275,7 +286,7 @@ val_share = stats['val']['bytes'] / (stats['train']['bytes'] + stats['val']['byt
 is_near = fraction / 2 < val_share < 2 * fraction
 if lengths and fraction and max_tokens is None and not is_near:
     print(f'Note: documents stay whole: val has {val_share:.0%} of the text, not {fraction:.0%}.')
-print(f'{target}: {encoding.name} tokenizer, {encoding.n_vocab:,} tokens in its vocabulary')
+print(f'{target}: {encoding.kind} tokenizer, {encoding.n_vocab:,} tokens in its vocabulary')
 print(f'{"split":>9} {"documents":>11} {"bytes":>15} {"tokens":>15} {"bytes/token":>13}')
 for key, row in stats.items():
     rate = row['bytes'] / row['tokens']

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 import runtime
 from runtime import UserError
-from tokenizer import encode
 
 # The horizontal axes of a picture: the field of the log, and the label.
 X_FIELDS = {'steps': 'step', 'seconds': 'train_seconds', 'tokens': 'tokens'}
@@ -94,10 +93,11 @@ def _first_cells(step, tokens, loss):
 def check_prompt(tokenizer, prompt, block_size):
     """Check that sample_prompt can be used with a dataset's tokenizer. Raises UserError."""
     try:
-        n = len(encode(tokenizer, prompt))
+        n = len(tokenizer.encode_prompt(prompt))
     except UserError as error:
         raise UserError(f'sample_prompt={prompt!r} does not suit the dataset: {error}') from None
-    if not 0 < n <= block_size:
+    can_be_empty = tokenizer.end_of_text is not None  # it is that token then
+    if n > block_size or (n == 0 and not can_be_empty):
         raise UserError(f'sample_prompt has {n:,} tokens: it needs 1 to block_size={block_size}.')
 
 

@@ -20,7 +20,7 @@ from runtime import UserError, begin_script, can_compile, pick_device, pick_dtyp
 
 # -----------------------------------------------------------------------------
 # model
-init_from = 'resume'  # 'resume' (a checkpoint in out_dir), 'gpt2' to 'gpt2-xl', or a model folder
+init_from = 'resume'  # 'resume' (a checkpoint in out_dir), 'gpt2', ORG/NAME of the Hub, a folder
 out_dir = 'out'  # the run to take a checkpoint from
 checkpoint: Literal['best', 'last'] = 'best'  # which one; the best has the lowest validation loss
 # text

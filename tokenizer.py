@@ -1,25 +1,47 @@
-"""Four ways to build one thing, a `tiktoken.Encoding`; and how it is saved and loaded.
+"""Text to token ids and back: vocabularies of our own, and published ones.
 
-    gpt2    GPT-2's 50,257 tokens (tiktoken downloads them once and caches them)
-    bpe     a byte-pair encoding trained on your own text, in a second or two
-    char    one token per character, those of your text only
-    byte    one token per UTF-8 byte, 256 of them
+    gpt2              GPT-2's 50,257 tokens (tiktoken downloads them once and caches them)
+    bpe               a byte-pair encoding trained on your own text, in a second or two
+    char              one token per character, those of your text only
+    byte              one token per UTF-8 byte, 256 of them
+    a folder, or      a published tokenizer: a dataset, a model folder, or the name of a model on
+    ORG/NAME          the Hugging Face Hub
 
-A tokenizer is saved as `tokenizer.json` in the format of Hugging Face's `tokenizers`, and opens
-there too.
+Two classes have the same methods. OwnTokenizer is one of the first four, run by tiktoken.
+PublishedTokenizer is whatever a tokenizer.json describes, run by Hugging Face's `tokenizers`. Both
+keep their files as they were read and write them back byte for byte.
 """
 
 import itertools
 import json
 import os
+import re
+import time
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import rustbpe
 import tiktoken
+from tokenizers import Tokenizer
 
 from runtime import UserError
 
 END_OF_TEXT = '<|endoftext|>'
 KINDS = ('gpt2', 'bpe', 'char', 'byte')
+# A tokenizer's files in the layout of Hugging Face. Only the first must be there.
+FILES = (
+    'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
+    'chat_template.jinja', 'chat_template.json', 'tokenizer.model', 'vocab.json', 'merges.txt',
+)  # fmt: skip
+# What ends a text, where a published tokenizer does not say.
+ENDS = (END_OF_TEXT, '<|end_of_text|>', '</s>', '<eos>', '<|im_end|>', '<|eot_id|>')
+BEGINNINGS = ('<|begin_of_text|>', '<s>', '<bos>')
+MOST_TOKENS = 2**24  # of a vocabulary
+# What a published tokenizer may change in a text.
+SPACE = 'puts a space before a text'
+UNKNOWN = 'has no token for some characters'
+NORMALIZED = 'normalizes the text'
 
 # How a text is cut into pieces before any merge; every character falls into exactly one piece.
 ONE_CHARACTER = r'[\s\S]'
@@ -47,14 +69,14 @@ CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 
 
 def build(kind, texts=(), vocab_size=None, end_of_text=True):
-    """Make a new tokenizer of the given kind, or load the one saved in a folder of that name.
+    """Make a new tokenizer of the given kind, or load a published one by its folder or name.
 
     texts: documents (strings) to make a `bpe` or `char` vocabulary from; other kinds need none.
     vocab_size: of a `bpe` vocabulary, end-of-text included; it gets smaller if the texts have no
         more pairs.
     end_of_text: whether a `char` vocabulary has that token (the other kinds always do).
-    Raises UserError for an unknown kind, for a vocabulary too small, and when GPT-2's vocabulary is
-    not cached and cannot be downloaded.
+    Raises UserError for an unknown kind, for a vocabulary too small, and for what is not cached and
+    cannot be downloaded.
     """
     if kind == 'gpt2':
         return _download_gpt2()
@@ -63,21 +85,29 @@ def build(kind, texts=(), vocab_size=None, end_of_text=True):
     if kind == 'char':
         return _collect_alphabet(texts, end_of_text)
     if kind == 'byte':
-        return _encoding(ONE_CHARACTER, {bytes([byte]): byte for byte in range(256)})
+        return OwnTokenizer(ONE_CHARACTER, {bytes([byte]): byte for byte in range(256)})
     if os.path.isdir(kind):
         return load(kind)
+    if '/' in kind:
+        from model import find_pretrained  # here, since torch takes a second
+
+        return load(find_pretrained(kind, with_weights=False))
     kinds = ', '.join(KINDS)
-    raise UserError(f"tokenizer='{kind}' is unknown. Choose one of: {kinds}, or a folder with one.")
+    raise UserError(
+        f"tokenizer='{kind}' is unknown. Choose one of: {kinds}, a folder with one, or ORG/NAME of "
+        'the Hugging Face Hub.'
+    )
 
 
 def _download_gpt2():
     try:
-        return tiktoken.get_encoding('gpt2')
+        published = tiktoken.get_encoding('gpt2')
     except (OSError, ValueError) as error:
         raise UserError(
             f"GPT-2's vocabulary is missing and could not be downloaded ({type(error).__name__}): "
             'go online once, set TIKTOKEN_CACHE_DIR to a folder with it, or use --tokenizer=bpe.'
         ) from None
+    return OwnTokenizer(GPT2_WORDS, published._mergeable_ranks)
 
 
 def _learn_bpe(texts, vocab_size):
@@ -87,104 +117,168 @@ def _learn_bpe(texts, vocab_size):
     trainer.train_from_iterator(iter(texts), vocab_size - 1, pattern=WORDS)
     # The same bytes merged from two different pairs would be two ids: keep the first.
     tokens = dict.fromkeys(bytes(token) for token, _ in trainer.get_mergeable_ranks())
-    return _encoding(WORDS, {token: i for i, token in enumerate(tokens)})
+    return OwnTokenizer(WORDS, {token: i for i, token in enumerate(tokens)})
 
 
 def _collect_alphabet(texts, end_of_text):
     alphabet = set(itertools.chain.from_iterable(texts))
     ranks = {char.encode(): i for i, char in enumerate(sorted(alphabet))}
     special = {END_OF_TEXT: len(ranks)} if end_of_text else {}
-    return _encoding(ONE_CHARACTER, ranks, special)
+    return OwnTokenizer(ONE_CHARACTER, ranks, special)
 
 
-def _encoding(pattern, ranks, special=None):
-    """Make a tiktoken.Encoding, named after its kind.
+def load(folder):
+    """Open the tokenizer of a folder: a dataset, a checkpoint or a published model.
+
+    Raises UserError when there is none, or when its tokenizer.json is damaged.
+    """
+    folder = Path(folder)
+    path = folder / 'tokenizer.json'
+    if not path.exists():
+        raise UserError(f'There is no {path}: a tokenizer cannot be loaded from there.')
+    files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    try:
+        contents = json.loads(files['tokenizer.json'])
+        own = _read_own(contents, files)
+        return own or PublishedTokenizer(contents, files, _read_model_ids(folder))
+    except UserError as error:
+        raise UserError(f'{path} cannot be used: {error}') from None
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        reason = ' '.join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f'{path} is not a tokenizer: {reason}.') from None
+
+
+def _read_model_ids(folder):
+    """{role: id} of special tokens, as the config.json of a model in the same folder has them."""
+    path = folder / 'config.json'
+    if not path.is_file():
+        return {}
+    config = json.loads(path.read_bytes())
+    ids = {}
+    for role in ('bos', 'eos', 'pad'):
+        value = config.get(f'{role}_token_id')
+        if isinstance(value, list):  # eos may be several
+            value = value[0] if value else None
+        ids[role] = value
+    return ids
+
+
+def same_vocabulary(a, b):
+    """Tell whether two tokenizers have the same tokens under the same ids."""
+    return a.vocabulary() == b.vocabulary()
+
+
+# -----------------------------------------------------------------------------
+# our own
+
+
+class OwnTokenizer:
+    """One of KINDS.
 
     ranks: {bytes of a token: its id}. special: {text of a special token: its id}; None puts
-    end-of-text after the others.
+    end-of-text after the others. files: what it was read from; None: they are made.
+
+    kind, n_vocab, files; end_of_text: its id, or None; special_ids: {'bos', 'eos', 'pad': id} of
+    those that there are; prefix: the ids that come before a prompt.
     """
-    if special is None:
-        special = {END_OF_TEXT: len(ranks)}
-    name = _kind_of(pattern, ranks)
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+    def __init__(self, pattern, ranks, special=None, files=None):
+        if special is None:
+            special = {END_OF_TEXT: len(ranks)}
+        self.pattern = pattern
+        self.ranks = ranks
+        self.special = special
+        self.kind = _kind_of(pattern, ranks)
+        self.encoding = tiktoken.Encoding(
+            self.kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+        )
+        self.ids = {*ranks.values(), *special.values()}
+        self.n_vocab = max(self.ids) + 1
+        self.end_of_text = special.get(END_OF_TEXT)
+        self.prefix = []
+        self.special_ids = {}
+        if self.end_of_text is not None:
+            self.special_ids = {'bos': self.end_of_text, 'eos': self.end_of_text}
+        self.files = files or self._make_files()
+
+    def _make_files(self):
+        end_of_text = None if self.end_of_text is None else END_OF_TEXT
+        contents = _to_json(self.pattern, self.ranks, self.special)
+        return {
+            'tokenizer.json': json.dumps(contents, ensure_ascii=False).encode(),
+            'tokenizer_config.json': _config_file(end_of_text, end_of_text),
+        }
+
+    def copy(self):
+        """Make another one like it: threads that share one wait for each other in its regex."""
+        return OwnTokenizer(self.pattern, self.ranks, self.special, self.files)
+
+    def vocabulary(self):
+        """{token as tokenizer.json writes it: id}, the special ones included."""
+        return {_to_chars(token): id for token, id in self.ranks.items()} | self.special
+
+    def encode(self, text, special=frozenset()):
+        """Return the ids of a text, (n,) uint32, which decode to the same text.
+
+        `<|endoftext|>` in it is plain text unless `special` has it. Raises UserError for what could
+        not be decoded: a lone surrogate, a character outside a `char` alphabet.
+        """
+        _check_surrogates(text)
+        if self.kind == 'char':
+            self._check_alphabet(text, special)
+        return self.encoding.encode_to_numpy(text, allowed_special=special, disallowed_special=())
+
+    def _check_alphabet(self, text, special):
+        for token in special:
+            text = text.replace(token, '')
+        unknown = [char for char in set(text) if char.encode() not in self.ranks]
+        if unknown:
+            characters = 'character' if len(unknown) == 1 else 'characters'
+            first = ' '.join(f'{char!r} (U+{ord(char):04X})' for char in sorted(unknown)[:5])
+            raise UserError(
+                f"{len(unknown)} {characters} outside the tokenizer's alphabet: {first}."
+            )
+
+    def encode_batch(self, texts):
+        """Return the ids of each text."""
+        return [self.encode(text) for text in texts]
+
+    def encode_prompt(self, text):
+        """Return the ids of a prompt, a list: special tokens in it are those tokens."""
+        return self.encode(text, set(self.special)).tolist()
+
+    def decode(self, ids):
+        """Return the text of ids: U+FFFD for what is no character, nothing for what is no id."""
+        return self.encoding.decode([id for id in ids if id in self.ids])
+
+    def find_changes(self, texts, encoded):
+        """Check that the ids of the first of some texts decode to it again. Returns no changes.
+
+        Raises UserError if they do not.
+        """
+        for text, ids in itertools.islice(zip(texts, encoded, strict=True), 1):
+            _check_same(text, self.decode(ids))
+        return {}
 
 
 def _kind_of(pattern, ranks):
-    """Recognize one of KINDS, also in a file; all others are 'published'."""
     if pattern == ONE_CHARACTER:
         return 'byte' if b'\xff' in ranks else 'char'  # no character is that byte
-    if pattern == WORDS:
-        return 'bpe'
-    return 'gpt2' if len(ranks) == 50256 else 'published'
+    return 'bpe' if pattern == WORDS else 'gpt2'
 
 
-# -----------------------------------------------------------------------------
-# use
-
-
-def copy(tokenizer):
-    """Make another one like it: threads that share one wait for each other in its regex."""
-    return _encoding(tokenizer._pat_str, tokenizer._mergeable_ranks, tokenizer._special_tokens)
-
-
-def same(a, b):
-    """Tell whether two tokenizers have the same tokens under the same ids."""
-    return (a._mergeable_ranks, a._special_tokens) == (b._mergeable_ranks, b._special_tokens)
-
-
-def end_of_text_id(tokenizer):
-    """Return the id of `<|endoftext|>`, or None."""
-    return tokenizer._special_tokens.get(END_OF_TEXT)
-
-
-def encode(tokenizer, text, special=frozenset()):
-    """Return the ids of a text, (n,) uint32, which decode to the same bytes.
-
-    `<|endoftext|>` in it is plain text unless `special` has it. Raises UserError for what could not
-    be decoded: a lone surrogate, a character outside a `char` alphabet.
-    """
+def _check_surrogates(text):
     try:
-        if tokenizer.name == 'char':
-            _check_alphabet(tokenizer, text)
-        return tokenizer.encode_to_numpy(text, allowed_special=special, disallowed_special=())
+        text.encode()
     except UnicodeEncodeError as error:
-        surrogate = error.object[error.start]
-        place = f'U+{ord(surrogate):04X} at character {text.index(surrogate):,}'
+        place = f'U+{ord(text[error.start]):04X} at character {error.start:,}'
         raise UserError(f'the text has a lone surrogate {place}: clean it first.') from None
 
 
-def _check_alphabet(tokenizer, text):
-    unknown = [char for char in set(text) if char.encode() not in tokenizer._mergeable_ranks]
-    if unknown:
-        characters = 'character' if len(unknown) == 1 else 'characters'
-        first = ' '.join(f'{char!r} (U+{ord(char):04X})' for char in sorted(unknown)[:5])
-        raise UserError(f"{len(unknown)} {characters} outside the tokenizer's alphabet: {first}.")
-
-
-# -----------------------------------------------------------------------------
-# save
-
-
-def save(tokenizer, folder):
-    """Write tokenizer.json, which `load` and `tokenizers` read, and a config for `transformers`."""
-    end_of_text = None if end_of_text_id(tokenizer) is None else END_OF_TEXT
-    config = {
-        'tokenizer_class': 'PreTrainedTokenizerFast',
-        'bos_token': end_of_text,
-        'eos_token': end_of_text,
-        'clean_up_tokenization_spaces': False,
-    }
-    files = {'tokenizer.json': _to_json(tokenizer), 'tokenizer_config.json': config}
-    for name, data in files.items():
-        with open(os.path.join(folder, name), 'w', encoding='utf-8') as file:
-            json.dump(data, file, ensure_ascii=False)
-
-
-def _to_json(tokenizer):
-    """Describe a tokenizer as the `tokenizers` library does."""
-    ranks = tokenizer._mergeable_ranks
-    regex = {'Regex': tokenizer._pat_str}
-    split = {'type': 'Split', 'pattern': regex, 'behavior': 'Isolated', 'invert': False}
+def _to_json(pattern, ranks, special):
+    """Describe a tokenizer of our own as the `tokenizers` library does."""
+    split = {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated'}
+    split['invert'] = False
     options = {'add_prefix_space': False, 'trim_offsets': False, 'use_regex': False}
     byte_level = {'type': 'ByteLevel', **options}
     vocab = {_to_chars(token): id for token, id in ranks.items()}
@@ -193,7 +287,7 @@ def _to_json(tokenizer):
         'version': '1.0',
         'truncation': None,
         'padding': None,
-        'added_tokens': [_added(text, id) for text, id in tokenizer._special_tokens.items()],
+        'added_tokens': [_added(text, id) for text, id in special.items()],
         'normalizer': None,
         'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [split, byte_level]},
         'post_processor': None,
@@ -226,51 +320,251 @@ def _to_chars(token):
     return ''.join(BYTE_TO_CHAR[byte] for byte in token)
 
 
-# -----------------------------------------------------------------------------
-# load
-
-
-def load(folder):
-    """Open the tokenizer.json of a folder: one that `save` wrote, or a published byte-level BPE.
-
-    Raises UserError when there is none, or when it is something else.
-    """
-    path = os.path.join(folder, 'tokenizer.json')
-    if not os.path.exists(path):
-        raise UserError(f'There is no {path}: a tokenizer cannot be loaded from there.')
-    try:
-        with open(path, encoding='utf-8') as file:
-            contents = json.load(file)
-        return _from_json(contents)
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise UserError(f'{path} is not a byte-level BPE tokenizer: {error!r}.') from None
-
-
-def _from_json(contents):
-    """Make the tokenizer that a tokenizer.json describes. Other contents raise what they raise."""
-    special = {token['content']: token['id'] for token in contents['added_tokens']}
-    model = contents['model']
-    vocab = {token: id for token, id in model['vocab'].items() if token not in special}
-    ranks = {_to_bytes(token): id for token, id in vocab.items()}
-    pattern = _read_pattern(contents['pre_tokenizer'])
-
-    # tiktoken has no list of merges: it merges what makes the token with the lowest id.
-    pairs = [merge.split(' ') if isinstance(merge, str) else merge for merge in model['merges']]
-    merged_ids = [vocab[left + right] for left, right in pairs]
-    if merged_ids != sorted(merged_ids):
-        raise ValueError('its merges are not in the order of their ids')
-    return _encoding(pattern, ranks, special)
-
-
-def _read_pattern(pre_tokenizer):
-    """Return the regex that cuts a text into pieces: a pre-tokenizer's, or the first one's."""
-    splitter = pre_tokenizer.get('pretokenizers', [pre_tokenizer])[0]
-    if splitter['type'] == 'Split':
-        return splitter['pattern']['Regex']
-    if splitter['type'] == 'ByteLevel':
-        return GPT2_WORDS
-    raise ValueError(f'its pre-tokenizer is {splitter["type"]}, not Split or ByteLevel')
-
-
 def _to_bytes(token):
     return bytes(CHAR_TO_BYTE[char] for char in token)
+
+
+def _read_own(contents, files):
+    """Return the OwnTokenizer that would be written as these contents, or None."""
+    try:
+        pattern = contents['pre_tokenizer']['pretokenizers'][0]['pattern']['Regex']
+        vocab = contents['model']['vocab']
+        if pattern not in (ONE_CHARACTER, WORDS, GPT2_WORDS):
+            return None
+        ranks = {_to_bytes(token): id for token, id in vocab.items()}
+        special = {token['content']: token['id'] for token in contents['added_tokens']}
+        ids = [*ranks.values(), *special.values()]
+        if len(set(ids)) != len(ids) or _to_json(pattern, ranks, special) != contents:
+            return None
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return None
+    _check_size(max(ids))
+    return OwnTokenizer(pattern, ranks, special, files)
+
+
+# -----------------------------------------------------------------------------
+# published
+
+
+class PublishedTokenizer:
+    """Whatever a tokenizer.json describes, with the ids that the `tokenizers` library gives it.
+
+    contents: of tokenizer.json. files: {name: bytes} of all of FILES that there are. model_ids:
+    {'bos', 'eos', 'pad': id} of the model that it belongs to, where its own files name none.
+    """
+
+    kind = 'published'
+
+    def __init__(self, contents, files, model_ids):
+        self.library = Tokenizer.from_buffer(files['tokenizer.json'])
+        self.library.no_truncation()  # a tokenizer.json may have both, for models that read pairs
+        self.library.no_padding()
+        ids = self.vocabulary().values()
+        self.ids = set(ids)
+        if len(self.ids) != len(ids):
+            raise UserError('two of its tokens have the same id.')
+        self.n_vocab = max(ids, default=-1) + 1
+        _check_size(self.n_vocab)
+        model = contents['model']
+        unknown = model.get('unk_token')
+        if unknown is None and model.get('unk_id') is not None:  # unigram
+            unknown, _ = model['vocab'][model['unk_id']]
+        self.unknown_id = self._id_of(unknown)
+
+        self.config = json.loads(files.get('tokenizer_config.json', b'{}'))
+        self.special_ids = self._find_special(files, model_ids)
+        self.end_of_text = self.special_ids.get('eos')
+        self.files = dict(files)
+        if 'tokenizer_config.json' not in files:
+            names = {role: self.library.id_to_token(id) for role, id in self.special_ids.items()}
+            self.files['tokenizer_config.json'] = _config_file(names.get('bos'), names.get('eos'))
+        # Ids that the library puts before a text that is a prompt, such as that of <s>.
+        alone = self.encode('a').tolist()
+        as_prompt = self.library.encode('a').ids
+        self.prefix = as_prompt[: as_prompt.index(alone[0])] if alone else []
+
+    def _id_of(self, token):
+        """Return the id of a special token, as its text or as an object with it; or None."""
+        if isinstance(token, dict):
+            token = token.get('content')
+        return self.library.token_to_id(token) if isinstance(token, str) else None
+
+    def _find_special(self, files, model_ids):
+        """{role: id}, by the tokenizer's files, else by the model's, else by well-known names."""
+        named = json.loads(files.get('special_tokens_map.json', b'{}')) | self.config
+        known = {'bos': BEGINNINGS, 'eos': ENDS, 'pad': ()}
+        special = {}
+        for role, usual in known.items():
+            candidates = [self._id_of(named.get(f'{role}_token')), model_ids.get(role)]
+            candidates += [self._id_of(token) for token in usual]
+            found = [id for id in candidates if id in self.ids]
+            if found:
+                special[role] = found[0]
+        return special
+
+    def copy(self):
+        """Threads may share it: the library has no state that they would wait for."""
+        return self
+
+    def vocabulary(self):
+        """{token as tokenizer.json writes it: id}, the added ones included."""
+        return self.library.get_vocab()
+
+    def encode(self, text):
+        """Return the ids of a text, (n,) uint32. Special tokens in it are those tokens.
+
+        Raises UserError for a lone surrogate.
+        """
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts):
+        """Return the ids of each text, on all cores."""
+        for text in texts:
+            _check_surrogates(text)
+        encoded = self.library.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in encoded]
+
+    def encode_prompt(self, text):
+        """Return the ids of a prompt, a list: special tokens in it are those tokens."""
+        return self.encode(text).tolist()
+
+    def decode(self, ids):
+        """Return the text of ids: U+FFFD for what is no character, nothing for what is no id."""
+        return self.library.decode([int(id) for id in ids], skip_special_tokens=False)
+
+    def find_changes(self, texts, encoded):
+        """Decode the ids of texts again: {what the tokenizer changes: [how often, an example]}.
+
+        It may be made to put a space before a text, to normalize it, or to have a token for
+        unknown characters. Raises UserError if a text is changed by anything else.
+        """
+        rows = [ids.tolist() for ids in encoded]
+        decoded = self.library.decode_batch(rows, skip_special_tokens=False)
+        changes = {}
+        for text, ids, again in zip(texts, rows, decoded, strict=True):
+            if again == text:
+                continue
+            what = self._explain_change(text, ids, again)
+            if what is None:
+                _check_same(text, again)
+            if what not in changes:
+                changes[what] = [0, _excerpts(text, again)]
+            changes[what][0] += ids.count(self.unknown_id) if what == UNKNOWN else 1
+        return changes
+
+    def _explain_change(self, text, ids, decoded):
+        """Return what the tokenizer has done to a text on purpose, or None."""
+        if decoded == ' ' + text:
+            return SPACE
+        if self.unknown_id in ids:
+            return UNKNOWN
+        # A normalizer takes both for the same text.
+        if self._normalize(decoded) == self._normalize(text):
+            return NORMALIZED
+        return None
+
+    def _normalize(self, text):
+        if self.library.normalizer:
+            text = self.library.normalizer.normalize_str(text)
+        # Llama 2's writes a space as U+2581, and one more at the beginning.
+        return text.replace('\u2581', ' ').strip(' ')
+
+
+
+# -----------------------------------------------------------------------------
+# both
+
+
+def save(tokenizer, folder):
+    """Write a tokenizer's files, which `load`, `tokenizers` and `transformers` read."""
+    for name, data in tokenizer.files.items():
+        (Path(folder) / name).write_bytes(data)
+
+
+def _check_size(n_vocab):
+    if not 0 < n_vocab <= MOST_TOKENS:
+        raise UserError(f'its ids go up to {n_vocab - 1:,}: there may be 1 to {MOST_TOKENS:,}.')
+
+
+def _config_file(bos, eos):
+    """Return a tokenizer_config.json for transformers, as bytes."""
+    config = {
+        'tokenizer_class': 'PreTrainedTokenizerFast',
+        'bos_token': bos,
+        'eos_token': eos,
+        'clean_up_tokenization_spaces': False,
+    }
+    return json.dumps(config, ensure_ascii=False).encode()
+
+
+
+
+def _check_same(text, decoded):
+    """Raise UserError unless a text came back from its ids as it was."""
+    if decoded != text:
+        before, after = _excerpts(text, decoded)
+        raise UserError(
+            f'The tokenizer would lose text: {before!r} comes back from its ids as {after!r}. '
+            'Clean the text, or use another tokenizer.'
+        )
+
+
+def _excerpts(text, decoded):
+    """Return where two texts begin to differ, some characters of each."""
+    pairs = enumerate(zip(text, decoded, strict=False))
+    same_length = min(len(text), len(decoded))
+    differ_at = next((i for i, (before, after) in pairs if before != after), same_length)
+    part = slice(max(0, differ_at - 10), differ_at + 10)
+    return text[part], decoded[part]
+
+
+# -----------------------------------------------------------------------------
+# chat
+
+
+def render_chat(tokenizer, messages):
+    """Return the text after which the model answers, by its chat template.
+
+    messages: [{'role': 'user', 'content': text}, ...]. A template is a program in jinja's sandbox.
+    Raises UserError when the model has none, or when it refuses the messages.
+    """
+    from jinja2 import TemplateError  # here, since few need it
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    config = json.loads(tokenizer.files['tokenizer_config.json'])
+    template = _find_template(tokenizer.files, config)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
+    )
+    environment.filters['tojson'] = partial(json.dumps, ensure_ascii=False)
+    environment.globals.update(raise_exception=_raise_template_error, strftime_now=time.strftime)
+    names = {}
+    for role in ('bos_token', 'eos_token', 'pad_token', 'unk_token'):
+        token = config.get(role) or ''
+        names[role] = token['content'] if isinstance(token, dict) else token
+    try:
+        return environment.from_string(template).render(
+            messages=messages, add_generation_prompt=True, **names
+        )
+    except TemplateError as error:
+        raise UserError(f"The model's chat template cannot be used: {error}") from None
+
+
+def _raise_template_error(message):
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)
+
+
+def _find_template(files, config):
+    """Return the chat template among the files of a tokenizer."""
+    if 'chat_template.jinja' in files:
+        return files['chat_template.jinja'].decode()
+    stored = json.loads(files.get('chat_template.json', b'{}')) or config
+    template = stored.get('chat_template')
+    if isinstance(template, list):  # several with names
+        named = {entry['name']: entry['template'] for entry in template}
+        template = named.get('default')
+    if not template:
+        raise UserError('The model has no chat template: use a prompt, without --chat.')
+    return re.sub(r'{%-?\s*(end)?generation\s*-?%}', '', template)  # a mark for training

@@ -23,14 +23,14 @@ import report
 import runtime
 from configurator import check_range, configure
 from data import Dataset, count_targets, count_windows, get_batch, micro_step_seed, training_order
-from inference import evaluate_loss, generate_text, perplexity
-from model import GPT, IGNORE, GPTConfig, check_round_trip
+from inference import evaluate_loss, generate_text, load_tokenizer, perplexity
+from model import GPT, IGNORE, GPTConfig, check_round_trip, find_pretrained
 from runtime import UserError
 
 # -----------------------------------------------------------------------------
 # run
 out_dir = 'out'  # where checkpoints and logs go
-init_from = 'scratch'  # 'resume', 'auto' (resume if possible), 'gpt2' to 'gpt2-xl', a model folder
+init_from = 'scratch'  # 'resume', 'auto' (if possible), or a model: 'gpt2', ORG/NAME, a folder
 eval_interval = 250  # steps between evaluations, of the whole validation split, and checkpoints
 log_interval = 10  # steps between log lines
 eval_only = False  # evaluate once and exit
@@ -52,7 +52,7 @@ block_size = 1024  # context, in tokens
 stride: int | None = None  # between training windows, in tokens; None: block_size, no overlap
 verify_data = False  # first read all of the dataset and compare its checksums
 # model
-arch = 'gpt2'  # 'gpt2', 'qwen3' or 'llama', see model.py
+arch = 'gpt2'  # 'gpt2', 'qwen3', 'qwen2' or 'llama', see model.py
 n_layer = 12  # blocks
 n_head = 12  # attention heads
 n_kv_head: int | None = None  # heads of keys and values (not gpt2); None: n_head, no sharing
@@ -160,6 +160,7 @@ tokens_per_step = windows_per_step * block_size
 # have that shape, and a published one keeps its own, whatever the knobs say.
 shape = {field.name: config[field.name] for field in fields(GPTConfig) if field.name in config}
 run_config = dict(config)  # is saved with the run; init_from says what it first started from
+tokenizer = data.tokenizer
 
 if from_scratch:
     progress = checkpoint.Progress()
@@ -170,17 +171,21 @@ elif resuming:
     saved = checkpoint.load_run(out_dir, config, data)  # refuses another model, optimizer or text
     progress = saved.progress
     model = GPT.from_pretrained(saved.path, dropout=dropout)
+    tokenizer = load_tokenizer(saved.path, model.config.vocab_size)
     run_config['init_from'] = saved.meta['config']['init_from']
 else:
     progress = checkpoint.Progress()
-    model = GPT.from_pretrained(init_from, dropout=dropout, block_size=block_size)
-    data.check_vocabulary(model.config.vocab_size, init_from)
-    run_config.update({name: getattr(model.config, name) for name in shape})
+    folder = find_pretrained(init_from)
+    model = GPT.from_pretrained(folder, block_size, dropout=dropout)
+    tokenizer = load_tokenizer(folder, model.config.vocab_size)
+    data.check_vocabulary(tokenizer, model.config.vocab_size, init_from)
+    # All but block_size: a rotary model keeps its whole context, the windows are those asked for.
+    run_config.update({name: getattr(model.config, name) for name in shape if name != 'block_size'})
 
 check_round_trip(model)  # better now than at the first checkpoint
 optim.freeze(model, freeze)
 if sample_interval:
-    report.check_prompt(data.tokenizer, sample_prompt, block_size)
+    report.check_prompt(tokenizer, sample_prompt, block_size)
 # All processes must have found the same checkpoint and the same data.
 found = {'init_from': run_config['init_from'], 'step': progress.step, 'data': data.fingerprint()}
 parallel.check_same_everywhere(found)
@@ -317,7 +322,7 @@ def save_checkpoint(val_loss, must_succeed=False, weights_only=False):
         state = {'progress': asdict(progress), 'optimizer': optimizer_state, 'scaler': scaler_state}
     try:
         checkpoint.flush(log_path)
-        checkpoint.save(out_dir, full_model, data, meta, state, keep_last)
+        checkpoint.save(out_dir, full_model, tokenizer, meta, state, keep_last)
     except OSError as error:
         if must_succeed:
             report.fail(f'{error}. What was saved before is intact.')
@@ -332,7 +337,7 @@ def print_sample():
         return
     full_model.eval()
     (sample,) = generate_text(
-        full_model, data.tokenizer, sample_prompt,
+        full_model, tokenizer, sample_prompt,
         num_samples=1, max_new_tokens=100, seed=seed, temperature=0.8, top_k=200,
     )  # fmt: skip
     full_model.train()
@@ -378,7 +383,7 @@ if writes:
 if not eval_only:
     runtime.install_signal_handlers()
 
-flops_per_token = model.flops_per_token()
+flops_per_token = model.flops_per_token(block_size)
 peak_flops = runtime.peak_flops(my_device, precision)  # None where it is not known
 if peak_flops:
     peak_flops *= parallel.world_size

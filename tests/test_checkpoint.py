@@ -10,6 +10,7 @@ import torch
 from conftest import losses, train
 
 import checkpoint
+import tokenizer as tk
 from model import GPT, GPTConfig
 
 
@@ -17,7 +18,6 @@ class Text:
     """A dataset, as far as a checkpoint needs one."""
 
     folder = 'data/sheep'
-    end_of_text = None
 
     def __init__(self, checksums=('a', 'b')):
         self.checksums = list(checksums)
@@ -47,10 +47,7 @@ KNOBS = {
 def save(tmp_path, monkeypatch):
     """Save a checkpoint of a tiny model: save(step, val_loss) -> its path."""
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / 'data' / 'sheep'
-    folder.mkdir(parents=True)
-    for name in ('tokenizer.json', 'tokenizer_config.json'):
-        (folder / name).write_text('{}')
+    tokenizer = tk.build('byte')
 
     def save(step, val_loss=None, knobs=KNOBS, keep_last=1, weights_only=False, **shape):
         names = {field.name for field in fields(GPTConfig)} & knobs.keys()
@@ -60,7 +57,7 @@ def save(tmp_path, monkeypatch):
         state = {'progress': {'step': step}, 'optimizer': {'x': 1}, 'scaler': {}}
         if weights_only:
             state = None
-        return checkpoint.save('out', model, Text(), meta, state, keep_last)
+        return checkpoint.save('out', model, tokenizer, meta, state, keep_last)
 
     return save
 
@@ -172,7 +169,7 @@ def test_the_command_of_the_refusal_resumes(run, sheep, tmp_path):
 
 
 def test_a_mistake_while_saving_is_no_full_disk(save, monkeypatch):
-    def wrong(self, folder, end_of_text=None):
+    def wrong(self, folder, special_ids=None):
         raise RuntimeError('mine')
 
     monkeypatch.setattr(GPT, 'save_pretrained', wrong)

@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from conftest import TEXT
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import documents
@@ -26,8 +26,9 @@ def test_the_tokens_of_the_pieces_are_those_of_the_text(kind):
     @settings(deadline=None, max_examples=300)
     @given(st.one_of(SPACES, st.text(max_size=40)), st.integers(1, 12))
     def check(text, size):
+        assume('<|endoftext|>' not in text)  # alone on a line it divides documents
         if kind == 'char':
-            known = encoding._mergeable_ranks
+            known = encoding.ranks
             text = ''.join(char for char in text if char.encode() in known)
         with tempfile.TemporaryDirectory() as folder, mock.patch.object(documents, 'PIECE', size):
             path = Path(folder, 'x.txt')
@@ -36,8 +37,8 @@ def test_the_tokens_of_the_pieces_are_those_of_the_text(kind):
         text = text.encode(errors='ignore').decode()
         assert ''.join(piece for piece, _ in pieces) == text
         assert [ends for _, ends in pieces][-1]
-        ids = [tk.encode(encoding, piece) for piece, _ in pieces]
-        assert np.concatenate(ids).tolist() == tk.encode(encoding, text).tolist()
+        ids = [encoding.encode(piece) for piece, _ in pieces]
+        assert np.concatenate(ids).tolist() == encoding.encode(text).tolist()
 
     check()
 
@@ -86,11 +87,13 @@ PIECES = {
 def test_pieces_are_encoded_as_each_by_itself(name, kind, end_of_text):
     pieces = PIECES[name]
     encoding = tk.build(kind, [TEXT, *(text for text, _ in pieces)], 300)
-    id = tk.end_of_text_id(encoding) if end_of_text else None
-    ids, n_tokens, sizes, ends = documents.encode_pieces(pieces, encoding, id, 'uint16')
+    id = encoding.end_of_text if end_of_text else None
+    encoded = documents.encode_pieces(pieces, encoding, id, 'uint16')
+    ids, n_tokens, sizes, ends, changes = encoded
+    assert not changes
     expected = []
     for text, text_ends in pieces:
-        expected.append(tk.encode(encoding, text).tolist())
+        expected.append(encoding.encode(text).tolist())
         if text_ends and end_of_text:
             expected[-1].append(id)
     assert ids.dtype == 'uint16' and ids.tolist() == list(itertools.chain(*expected))
@@ -103,4 +106,4 @@ def test_an_error_names_the_place_in_its_own_document():
     pieces = [('Long enough to be before it.', True), ('ab\ud83d', True)]
     encoding = tk.build('byte')
     with pytest.raises(UserError, match=r'lone surrogate U\+D83D at character 2'):
-        documents.encode_pieces(pieces, encoding, tk.end_of_text_id(encoding))
+        documents.encode_pieces(pieces, encoding, encoding.end_of_text)

@@ -92,7 +92,7 @@ def test_bits_per_byte_and_per_word_do_not_depend_on_tokens(run, tmp_path):
             parameter.data.zero_()
         model.save_pretrained(tmp_path / name)
         found = eval_text(run, f'--init_from={name}', '--input=x.txt')
-        bits = len(tk.encode(tokenizer, TEXT)) * math.log2(tokenizer.n_vocab)
+        bits = len(tokenizer.encode(TEXT)) * math.log2(tokenizer.n_vocab)
         assert found['bits_per_byte'] == pytest.approx(bits / len(TEXT), rel=1e-6)
         assert found['words'] == n_words and found['bytes'] == len(TEXT)
         assert math.log2(found['word_perplexity']) == pytest.approx(bits / n_words, rel=1e-6)
@@ -151,8 +151,8 @@ def test_wikitexts_marks_are_undone(run, tmp_path):
 
 def score(model, tokenizer, context, continuation):
     """Log-probability and greediness of a continuation, without batches, padding or a cut."""
-    ids = tk.encode(tokenizer, context + continuation).tolist()
-    n = len(ids) - len(tk.encode(tokenizer, context.rstrip()))
+    ids = tokenizer.encode(context + continuation).tolist()
+    n = len(ids) - len(tokenizer.encode(context.rstrip()))
     idx = torch.tensor([ids[:-1][-model.config.block_size :]])
     log_probs = model(idx)[0].log_softmax(-1)[-n:]
     return log_probs[range(n), ids[-n:]].sum().item(), log_probs.argmax(-1).tolist() == ids[-n:]
@@ -204,7 +204,7 @@ def test_last_words_are_scored_as_one_by_one(run, tmp_path):
 def test_what_greedy_decoding_gives_is_found_to_be_greedy(tmp_path):
     tokenizer = tk.build('bpe', [TEXT], 300)
     model = save(tmp_path / 'm', tokenizer, block_size=24)
-    prompt = tk.encode(tokenizer, CONTEXTS[0].rstrip()).tolist()
+    prompt = tokenizer.encode(CONTEXTS[0].rstrip()).tolist()
     greedy = torch.cat(list(model.generate(torch.tensor([prompt]), 3, temperature=0)), 1)[0]
     other = (greedy + 1) % tokenizer.n_vocab
     requests = [(prompt + greedy.tolist(), 3), (prompt + other.tolist(), 3)]

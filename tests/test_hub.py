@@ -93,7 +93,7 @@ def documents_of(folder, split):
     parts = np.split(ids, np.flatnonzero(ids == meta['end_of_text']) + 1)
     assert not len(parts.pop()), 'nothing comes after the last end-of-text'
     assert len(parts) == meta[split]['documents']
-    return [tk.load(folder).decode_bytes(part[:-1]).decode() for part in parts]
+    return [tk.load(folder).decode(part[:-1]) for part in parts]
 
 
 # -----------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from runtime import UserError
 
 def stream(tokenizer, ids, stop=()):
     """A stream that was given some tokens, and the pieces that it handed out, the rest last."""
-    text = TextStream(tokenizer, stop)
+    text = TextStream(tokenizer, stop, [tokenizer.end_of_text])
     pieces = [text.add(int(i)) for i in ids]
     return text, [*pieces, text.close('length')]
 
@@ -21,30 +21,31 @@ def stream(tokenizer, ids, stop=()):
 def test_streaming_never_breaks_a_character():
     tokenizer = tk.build('byte')
     written = 'naïve 日本語 👩‍👩‍👧'
-    text, pieces = stream(tokenizer, tk.encode(tokenizer, written))
+    text, pieces = stream(tokenizer, tokenizer.encode(written))
     assert ''.join(pieces) == text.text == written and '\ufffd' not in written
     assert all('\ufffd' not in piece for piece in pieces)
-    text, pieces = stream(tokenizer, tk.encode(tokenizer, '日')[:2])
+    text, pieces = stream(tokenizer, tokenizer.encode('日')[:2])
     assert pieces == ['', '', '\ufffd'], 'a character cut short by the length is marked, at the end'
 
 
 def test_streaming_holds_back_what_may_become_a_stop_text():
     tokenizer = tk.build('byte')
-    text, pieces = stream(tokenizer, tk.encode(tokenizer, 'a\n\rb\n\nc'), stop=['\n\n'])
+    text, pieces = stream(tokenizer, tokenizer.encode('a\n\rb\n\nc'), stop=['\n\n'])
     assert pieces == ['a', '', '\n\r', 'b', '', '', '', '']
     assert (text.text, text.finish) == ('a\n\rb', 'stop')
 
 
 def test_half_a_character_behind_a_stop_text_is_dropped():
-    as_bytes = {'decode_single_token_bytes': lambda token: b'a.\xe6'}
-    tokenizer = SimpleNamespace(_special_tokens={}, **as_bytes)
+    as_bytes = [b'a.\xe6']
+    decode = lambda ids: b''.join(as_bytes[id] for id in ids).decode(errors='replace')
+    tokenizer = SimpleNamespace(end_of_text=None, decode=decode)
     text, pieces = stream(tokenizer, [0], stop=['.'])
     assert (text.text, text.finish, pieces) == ('a', 'stop', ['a', ''])
 
 
 def test_a_sample_ends_at_end_of_text_and_does_not_show_it():
     tokenizer = tk.build('byte')
-    text, pieces = stream(tokenizer, [97, tk.end_of_text_id(tokenizer), 98])
+    text, pieces = stream(tokenizer, [97, tokenizer.end_of_text, 98])
     assert (''.join(pieces), text.tokens, text.finish) == ('a', 1, 'end_of_text')
 
 
@@ -74,7 +75,7 @@ def test_the_first_sample_streams_to_its_last_character(model):
 
 def test_an_empty_prompt_is_end_of_text_if_there_is_one(model):
     tokenizer = tk.build('byte')
-    end_of_text = torch.tensor([[tk.end_of_text_id(tokenizer)]])
+    end_of_text = torch.tensor([[tokenizer.end_of_text]])
     ids = torch.cat(list(model.generate(end_of_text, 8, temperature=0)), 1)[0].tolist()
     sample = generate_text(model, tokenizer, '', max_new_tokens=8, temperature=0)[0]
     assert sample.text == tokenizer.decode(ids).replace('<|endoftext|>', '')

@@ -41,13 +41,13 @@ def read_both(folder):
 def documents_of(folder):
     """The text of each document of a dataset that has several, by split, its tokens decoded."""
     encoding = tk.load(folder)
-    eot = tk.end_of_text_id(encoding)
+    eot = encoding.end_of_text
     texts = {}
     for split in SPLITS:
         ids = read(folder, split)
         parts = np.split(ids, np.flatnonzero(ids == eot) + 1)
         assert not len(parts.pop()), 'nothing comes after the last end-of-text'
-        texts[split] = [encoding.decode_bytes(part[:-1]).decode() for part in parts]
+        texts[split] = [encoding.decode(part[:-1]) for part in parts]
         meta = json.loads((folder / 'meta.json').read_text())[split]
         assert meta['documents'] == len(parts) and meta['tokens'] == sum(map(len, parts))
         assert meta['bytes'] == sum(len(text.encode()) for text in texts[split])
@@ -142,7 +142,7 @@ def test_a_bpe_vocabulary_is_learned_from_the_training_part_only(run, tmp_path):
         (tmp_path / f'{name}.txt').write_text(TEXT + last * (len(TEXT) // 9 // len(last)))
         assert run('prepare.py', f'--input={name}.txt', *flags).code == 0
     a, b = (tk.load(tmp_path / 'data' / name) for name in 'ab')
-    assert a._mergeable_ranks == b._mergeable_ranks
+    assert a.ranks == b.ranks
 
 
 def test_the_bundled_shakespeare_is_the_default(run, tmp_path):
@@ -217,7 +217,7 @@ def test_on_a_full_disk_a_dataset_is_complete_or_absent(run, tmp_path, monkeypat
         (['--input=short.txt', '--tokenizer=byte'], 'its val split has fewer than 2 tokens'),
         (
             ['--input=ok.txt', '--tokenizer=bert'],
-            'Choose one of: gpt2, bpe, char, byte, or a folder',
+            'Choose one of: gpt2, bpe, char, byte, a folder',
         ),
         (['--input=ok.txt', '--vocab_size=100'], '256 bytes and end-of-text make 257'),
         (['--input=ok.txt', '--val_fraction=1.0'], 'must lie between 0 and 1'),
@@ -374,7 +374,7 @@ def test_a_byte_order_mark_line_ends_and_zeros_stay(run, tmp_path):
     (tmp_path / 'x.txt').write_bytes(text.encode())
     assert run('prepare.py', '--input=x.txt', '--vocab_size=270').code == 0
     folder = tmp_path / 'data' / 'x'
-    assert tk.load(folder).decode_bytes(read_both(folder)) == text.encode()
+    assert tk.load(folder).decode(read_both(folder)) == text
 
 
 @pytest.mark.parametrize('many', [2000, pytest.param(100_000, marks=pytest.mark.slow)])

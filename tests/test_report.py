@@ -481,9 +481,9 @@ def test_a_tracker_that_fails_does_not_end_the_run(run, sheep, tmp_path, monkeyp
         ),
         ('--tracker=wandb', None, 'set WANDB_MODE=offline'),
         (
-            '--sample_prompt=',
+            '--sample_prompt=' + 33 * 'x',
             '',
-            'sample_prompt has 0 tokens: it needs 1 to block_size=32.',
+            'sample_prompt has 33 tokens: it needs 1 to block_size=32.',
         ),
         ('--out_dir=sheep.txt', '', 'out_dir=sheep.txt cannot be made'),
     ],
