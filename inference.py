@@ -236,8 +236,10 @@ def evaluate_loss(model, tokens, block_size, batch_size, autocast=None, stride=N
         first_overlapping = 1 if start == 0 else 0
         y[first_overlapping:, :overlap] = IGNORE
         # A last batch with fewer windows is not worth compiling a model again.
-        stance = 'default' if x.shape == full_shape else 'force_eager'
-        with torch.compiler.set_stance(stance), autocast or contextlib.nullcontext():
+        uncompiled = contextlib.nullcontext()
+        if x.shape != full_shape and model._compiled_call_impl is not None:
+            uncompiled = torch.compiler.set_stance('force_eager')
+        with uncompiled, autocast or contextlib.nullcontext():
             loss = model(x.to(device), y.to(device))
         n = int((y != IGNORE).sum())
         if n > 0:  # the mean over no targets is NaN

@@ -17,6 +17,7 @@ queries, KV heads of keys and values, D = head_dim, V = vocabulary size, padded 
 import functools
 import glob
 import json
+import logging
 import math
 import os
 import re
@@ -721,6 +722,8 @@ IMPLEMENTED = {
 # The parameters of rope_type llama3.
 SCALING = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
 
+FRACTIONS = ('dropout', 'norm_eps', 'rope_theta')  # fields that need not be whole numbers
+
 # What is wanted of a repository of the Hub.
 CONFIG_FILES = [
     'config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json',
@@ -840,12 +843,16 @@ def from_hf_config(config):
     values['arch'] = arch
     values['rope_theta'] = float(rope.get('rope_theta') or config.get('rope_theta') or 10000.0)
     for name in TRANSFORMERS_FIELDS.intersection(values) - {'arch', 'rope_scaling'}:
-        if not isinstance(values[name], int | float | None):
+        may_be = int | float | None if name in FRACTIONS else int | None
+        if not isinstance(values[name], may_be):
             raise TypeError(f'{name}={values[name]!r}')
     values['rope_scaling'] = None
     if rope['rope_type'] == 'llama3':
-        numbers = {name: float(rope[name]) for name in SCALING}
-        values['rope_scaling'] = {'rope_type': 'llama3', **numbers}
+        scaling = {name: rope[name] for name in SCALING}
+        numbers = [value for value in scaling.values() if isinstance(value, int | float)]
+        if len(numbers) < len(SCALING) or min(numbers) <= 0:
+            raise ValueError(f'rope_scaling={scaling}')
+        values['rope_scaling'] = {'rope_type': 'llama3', **scaling}
     return values
 
 
@@ -857,7 +864,8 @@ def check_implemented(config):
         values = config[name] if isinstance(config[name], list) else [config[name]]
         for value in values:  # None: as if it were not there
             if value is not None and value not in supported:
-                raise UserError(f'{name}={value!r} is not implemented here, only {supported[0]!r}.')
+                only = ' and '.join(repr(value) for value in supported)
+                raise UserError(f'{name}={value!r} is not implemented here, only {only}.')
     n_full = config.get('max_window_layers', 0)  # the first so many layers have no window
     if config.get('use_sliding_window') and n_full < config['num_hidden_layers']:
         raise UserError('use_sliding_window=True is not implemented here, only False.')
@@ -890,7 +898,10 @@ def read_config(folder):
         raise UserError(f'{path}: {error}') from None
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f'{path} is not that of a model known here: {error!r}') from None
-    return GPTConfig(**values)  # outside, so that a mistake of yours in there has its traceback
+    try:
+        return GPTConfig(**values)
+    except UserError as error:  # all else is a mistake of yours in there, with its traceback
+        raise UserError(f'{path}: {error}') from None
 
 
 def read_json(folder, name):
@@ -909,11 +920,14 @@ def list_weights(folder):
     """The paths of a model's weights: one file, or the shards that an index names."""
     for name in ('model.safetensors', 'pytorch_model.bin'):
         path = os.path.join(folder, name)
-        if os.path.exists(f'{path}.index.json'):
-            shards = read_json(folder, f'{name}.index.json')['weight_map'].values()
-            return [os.path.join(folder, os.path.basename(shard)) for shard in sorted(set(shards))]
         if os.path.exists(path):
             return [path]
+        if os.path.exists(f'{path}.index.json'):
+            index = read_json(folder, f'{name}.index.json').get('weight_map')
+            if not isinstance(index, dict) or not index:
+                raise UserError(f'{path}.index.json is damaged: it has no weight_map.')
+            shards = sorted(set(index.values()))
+            return [os.path.join(folder, os.path.basename(shard)) for shard in shards]
     raise UserError(f'{folder} has neither model.safetensors nor pytorch_model.bin.')
 
 
@@ -980,17 +994,21 @@ def find_pretrained(source, with_weights=True):
         name = f'openai-community/{name}'
     elif os.path.isdir(source):
         return source
-    if not re.fullmatch(r'[\w.-]+/[\w.-]+', name):
+    if not re.fullmatch(r'\w[\w.-]*/[\w.-]+', name):
         names = ', '.join(PUBLISHED)
         raise UserError(
             f'There is no folder {source}. Models known by name: {names}, and ORG/NAME of the '
             'Hugging Face Hub.'
         )
-    safetensors = ['model*.safetensors', 'model.safetensors.index.json']
-    files = CONFIG_FILES + safetensors if with_weights else CONFIG_FILES
-    folder = download(name, revision, files)
-    if with_weights and not glob.glob(f'{glob.escape(folder)}/model*.safetensors'):
-        download(name, revision, ['pytorch_model*.bin', 'pytorch_model.bin.index.json'])
+    folder = download(name, revision, CONFIG_FILES)
+    if not os.path.isdir(folder):  # none is made where no file is wanted
+        files = 'neither config.json nor tokenizer.json'
+        raise UserError(f'{name} on the Hugging Face Hub has {files}: choose another repository.')
+    if with_weights:
+        read_config(folder)  # refuses a model that is not known here before it is downloaded
+        download(name, revision, ['model*.safetensors', 'model.safetensors.index.json'])
+        if not glob.glob(f'{glob.escape(folder)}/model*.safetensors'):
+            download(name, revision, ['pytorch_model*.bin', 'pytorch_model.bin.index.json'])
     return folder
 
 
@@ -999,6 +1017,7 @@ def download(name, revision, files):
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
+    logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # our sentences say it all
     where = f'{name}@{revision}' if revision else name
     try:
         return snapshot_download(name, revision=revision or None, allow_patterns=files)

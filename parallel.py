@@ -227,6 +227,8 @@ def gather_full_state(model, optimizers):
         return None, state
     full_model = type(model)(model.config)  # FSDP's class of a model makes an ordinary one
     full_model.load_state_dict(weights)
+    full_model.hf_config = model.hf_config
+    full_model.generation_config = model.generation_config
     return full_model, state
 
 

@@ -4,6 +4,7 @@
     python sample.py --out_dir=out-shakespeare --start="ROMEO." --temperature=0.7 --top_p=0.9
     python sample.py --out_dir=out-shakespeare --start=FILE:prompt.txt --format=jsonl
     python sample.py --init_from=gpt2 --interactive
+    python sample.py --init_from=HuggingFaceTB/SmolLM2-135M-Instruct --chat --interactive
 """
 
 import itertools
@@ -17,6 +18,7 @@ import torch
 from configurator import check_range, configure
 from inference import fast_cpu_decode, generate_text, load_model, to_column_major
 from runtime import UserError, begin_script, can_compile, pick_device, pick_dtype
+from tokenizer import find_template, render_chat
 
 # -----------------------------------------------------------------------------
 # model
@@ -26,6 +28,7 @@ checkpoint: Literal['best', 'last'] = 'best'  # which one; the best has the lowe
 # text
 start = '\n'  # the prompt; FILE:prompt.txt reads it from a file
 interactive = False  # ask for one prompt after the other
+chat = False  # a prompt is a message, which the model answers by its chat template
 num_samples = 3  # samples per prompt, generated as one batch
 max_new_tokens = 300  # tokens per sample, fewer where the model ends the text
 stop: str | None = None  # end a sample before this text, too; separate several by |
@@ -53,6 +56,9 @@ check_range(config, 1e-9, 1, 'top_p')
 check_range(config, 0, 1, 'min_p')
 check_range(config, 1e-9, 10**9, 'repetition_penalty')
 
+if chat and (compare or format == 'jsonl'):
+    raise UserError('chat has one answer to a message, as text: it is without compare and jsonl.')
+
 # -----------------------------------------------------------------------------
 # prompt
 
@@ -72,6 +78,8 @@ if start.startswith('FILE:'):
 
 device = pick_device(device)
 _, model, tokenizer = load_model(init_from, out_dir, checkpoint)
+if chat:
+    find_template(tokenizer)  # refuses a model that has none
 model.to(device, getattr(torch, pick_dtype(dtype, device))).eval()
 compile = compile and can_compile(device)
 if torch.device(device).type == 'cpu':
@@ -109,6 +117,18 @@ def print_text(prompt):
         print(f'{prompt}{sample.text}\n{RULER}')
 
 
+messages = []  # the conversation so far
+
+
+def print_answer(message):
+    """Print the model's answer to a message. Both become part of the conversation."""
+    asked = [*messages, {'role': 'user', 'content': message}]
+    prompt = render_chat(tokenizer, asked)
+    (answer,) = generate(prompt, 1, stream=print_now, is_chat=True, **sampling)
+    print(f'\n{RULER}')
+    messages[:] = [*asked, {'role': 'assistant', 'content': answer.text}]
+
+
 def print_jsonl(prompt):
     """Print the samples of a prompt as JSON, one per line."""
     for sample in generate(prompt, num_samples, **sampling):
@@ -137,7 +157,9 @@ def wrap(text):
     return lines
 
 
-if compare:
+if chat:
+    print_samples = print_answer
+elif compare:
     print_samples = print_comparison
 elif format == 'jsonl':
     print_samples = print_jsonl

@@ -532,7 +532,7 @@ def render_chat(tokenizer, messages):
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     config = json.loads(tokenizer.files['tokenizer_config.json'])
-    template = _find_template(tokenizer.files, config)
+    template = find_template(tokenizer)
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
     )
@@ -556,12 +556,14 @@ def _raise_template_error(message):
     raise TemplateError(message)
 
 
-def _find_template(files, config):
-    """Return the chat template among the files of a tokenizer."""
+def find_template(tokenizer):
+    """Return a tokenizer's chat template, a text. Raises UserError if it has none."""
+    files = tokenizer.files
     if 'chat_template.jinja' in files:
-        return files['chat_template.jinja'].decode()
-    stored = json.loads(files.get('chat_template.json', b'{}')) or config
-    template = stored.get('chat_template')
+        template = files['chat_template.jinja'].decode()
+    else:
+        stored = files.get('chat_template.json', files['tokenizer_config.json'])
+        template = json.loads(stored).get('chat_template')
     if isinstance(template, list):  # several with names
         named = {entry['name']: entry['template'] for entry in template}
         template = named.get('default')

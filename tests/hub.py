@@ -62,6 +62,7 @@ class HubServer(ThreadingHTTPServer):
         self.down = set()  # repositories that are not available: 503
         self.fail_every = None  # every Nth request: 503
         self.cut_after = None  # bytes of a file after which the connection is lost, once
+        self.warning = None  # what each answer warns of: a topic, a semicolon, a sentence
 
         self.lock = threading.Lock()
         self.n_requests = 0
@@ -254,6 +255,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for key, value in self.extra.items():
             self.send_header(key, value)
+        if self.server.warning:
+            self.send_header('X-HF-Warning', self.server.warning)
         self.send_header('Content-Length', str(len(data)))
         self.end_headers()
         if self.command != 'HEAD':
@@ -362,3 +365,102 @@ def write_hellaswag(folder, questions):
         files[f'data/{split}-00000-of-00001.parquet'] = rows
         patterns[split] = f'data/{split}-*'
     write_corpus(folder, 'Rowan/hellaswag', files, {'default': patterns})
+
+
+# -----------------------------------------------------------------------------
+# models, in the layouts that they have on the Hub
+
+# What a text is to look like for its tokens to be few.
+SHEEP = 'Many sheep jumped over the 17 fences, and {} fell asleep.\n'
+# Beside the files that a model needs. The last is there for a model in safetensors.
+USELESS = (
+    'README.md', 'model.gguf', 'onnx/model.onnx', 'original/consolidated.00.pth', 'tf_model.h5',
+    'pytorch_model.bin',
+)  # fmt: skip
+SMOLLM_TEMPLATE = """{% for message in messages -%}
+{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}
+"""
+
+
+def write_smollm(repository, seed=1, max_shard_size='5GB', **sizes):
+    """Write a small random Llama as HuggingFaceTB publishes SmolLM2-135M-Instruct.
+
+    Returns the model, as transformers has it. sizes: more for its LlamaConfig.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    repository.mkdir(parents=True)
+    write_tokenizer(repository, ['<|endoftext|>', '<|im_start|>', '<|im_end|>'])
+    special = {'bos_token_id': 1, 'eos_token_id': 2, 'pad_token_id': 2}
+    options = {
+        'vocab_size': 280, 'hidden_size': 24, 'intermediate_size': 64, 'num_hidden_layers': 2,
+        'num_attention_heads': 3, 'num_key_value_heads': 1, 'max_position_embeddings': 64,
+        'rms_norm_eps': 1e-5, 'tie_word_embeddings': True, 'initializer_range': 0.2, **sizes,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(rope_theta=100000, **options, **special)).bfloat16()
+    model.save_pretrained(repository, max_shard_size=max_shard_size)
+
+    # Published by an older version, which wrote it so.
+    more = {'rope_interleaved': False, 'rope_scaling': None, 'rope_theta': 100000}
+    more |= {'is_llama_config': True, 'hidden_act': 'silu', 'torch_dtype': 'bfloat16'}
+    kind = {'model_type': 'llama', 'architectures': ['LlamaForCausalLM']}
+    write_json(repository / 'config.json', {**kind, **options, **special, **more})
+    generation = {'_from_model_config': True, **special, 'transformers_version': '4.42.3'}
+    write_json(repository / 'generation_config.json', generation)
+    tokens = {'bos_token': '<|im_start|>', 'eos_token': '<|im_end|>', 'pad_token': '<|im_end|>'}
+    tokens['unk_token'] = '<|endoftext|>'
+    more = {'model_max_length': 64, 'tokenizer_class': 'GPT2Tokenizer'}
+    write_json(repository / 'tokenizer_config.json', {'add_prefix_space': False, **tokens, **more})
+    write_json(repository / 'special_tokens_map.json', tokens)
+    (repository / 'chat_template.jinja').write_text(SMOLLM_TEMPLATE)
+    write_useless(repository, USELESS)
+    # Read again: this one, cast from 16 bits, would keep its positions rounded.
+    return LlamaForCausalLM.from_pretrained(repository, dtype=torch.float32)
+
+
+def write_gpt2(repository):
+    """Write a small random GPT-2 as openai-community publishes it. Returns the model."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    repository.mkdir(parents=True)
+    write_tokenizer(repository, ['<|endoftext|>'])
+    write_json(repository / 'tokenizer_config.json', {'model_max_length': 64})
+    sizes = {'vocab_size': 280, 'n_positions': 64, 'n_embd': 16, 'n_layer': 2, 'n_head': 2}
+    special = {'bos_token_id': 0, 'eos_token_id': 0}
+    model = GPT2LMHeadModel(GPT2Config(initializer_range=0.2, **sizes, **special))
+    model.save_pretrained(repository)
+    write_useless(repository, USELESS)
+    return model.eval()
+
+
+def write_tokenizer(repository, special):
+    """Write a byte-level tokenizer: tokenizer.json, and the files of older versions."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
+    tokenizer.decoder = decoders.ByteLevel()
+    options = {'initial_alphabet': words.alphabet(), 'special_tokens': special}
+    trainer = trainers.BpeTrainer(vocab_size=280, show_progress=False, **options)
+    tokenizer.train_from_iterator(100 * [SHEEP], trainer)
+    tokenizer.save(str(repository / 'tokenizer.json'))
+    tokenizer.model.save(str(repository))  # vocab.json and merges.txt
+
+
+def write_useless(repository, paths):
+    """Write files that are not needed, where there are none."""
+    for path in paths:
+        file = repository / path
+        file.parent.mkdir(exist_ok=True)
+        if not file.exists():
+            file.write_text('of no use')
+
+
+def write_json(path, contents):
+    """Write a JSON file as people do, over several lines and with a line end."""
+    path.write_text(json.dumps(contents, indent=2) + '\n')

@@ -1,5 +1,6 @@
 """Every recipe in config/ starts, can be planned, and says of itself what is true."""
 
+import json
 import re
 
 import pytest
@@ -9,6 +10,12 @@ from model import PUBLISHED
 
 OVERLAYS = {'gpt2_medium', 'gpt2_large', 'gpt2_xl'}  # of train_gpt2.py
 CONFIGS = sorted(path.stem for path in (ROOT / 'config').glob('*.py'))
+SMOLLM2 = {  # what its config.json says of its shape
+    'model_type': 'llama', 'hidden_size': 576, 'num_hidden_layers': 30, 'num_attention_heads': 9,
+    'num_key_value_heads': 3, 'intermediate_size': 1536, 'vocab_size': 49152,
+    'max_position_embeddings': 8192, 'rms_norm_eps': 1e-5, 'rope_theta': 100000,
+    'tie_word_embeddings': True,
+}  # fmt: skip
 every_config = pytest.mark.parametrize('name', CONFIGS)
 
 
@@ -22,7 +29,7 @@ def config_files(name):
 def test_it_trains_two_steps_of_a_small_model(sheep, run, tmp_path, name):
     small = ['--dataset=sheep', *TINY, '--out_dir=out']
     small += ['--max_iters=2', '--lr_decay_iters=2', '--warmup_iters=0']
-    if name == 'finetune':
+    if name in ('finetune', 'continue_smollm2'):
         assert run('train.py', *small, '--max_iters=0', '--out_dir=base').code == 0
         small.append('--init_from=base/step_00000000')
     if name == 'train_wikitext':
@@ -35,7 +42,7 @@ def test_it_trains_two_steps_of_a_small_model(sheep, run, tmp_path, name):
 
 
 @every_config
-def test_its_plan_is_what_its_comment_says(run, name):
+def test_its_plan_is_what_its_comment_says(run, tmp_path, name):
     source = (ROOT / 'config' / f'{name}.py').read_text()
     comment = ' '.join(re.findall(r'^# ?(.*)$', source, re.MULTILINE))
     stated = re.search(
@@ -48,6 +55,10 @@ def test_its_plan_is_what_its_comment_says(run, name):
         gpu = stated['gpu'].replace(' ', '')
         count = '1' if stated['count'] == 'an' else stated['count']
         flags = [f'--plan_gpu={gpu}', f'--plan_gpus={count}']
+    if name == 'continue_smollm2':  # which has to be downloaded
+        (tmp_path / 'smollm2').mkdir()
+        (tmp_path / 'smollm2' / 'config.json').write_text(json.dumps(SMOLLM2))
+        flags.append('--init_from=smollm2')
 
     result = run('train.py', *config_files(name), '--plan', '--dataset=none', *flags)
     assert result.code == 0, result.err

@@ -36,8 +36,9 @@ def test_streaming_holds_back_what_may_become_a_stop_text():
 
 
 def test_half_a_character_behind_a_stop_text_is_dropped():
-    as_bytes = [b'a.\xe6']
-    decode = lambda ids: b''.join(as_bytes[id] for id in ids).decode(errors='replace')
+    def decode(ids):
+        return len(ids) * b'a.\xe6'.decode(errors='replace')
+
     tokenizer = SimpleNamespace(end_of_text=None, decode=decode)
     text, pieces = stream(tokenizer, [0], stop=['.'])
     assert (text.text, text.finish, pieces) == ('a', 'stop', ['a', ''])

@@ -21,6 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 from transformers.models.llama import modeling_llama
+from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
 import model as model_module
@@ -51,6 +52,19 @@ SHAPES = {
         'intermediate_size': 100,
     },
     'llama': {'arch': 'llama', 'n_kv_head': 2},
+    'llama 3': {  # a context of 16 made 8 times as long
+        'arch': 'llama',
+        'tie_weights': False,
+        'rope_theta': 500.0,
+        'rope_scaling': {
+            'rope_type': 'llama3',
+            'factor': 8.0,
+            'low_freq_factor': 1.0,
+            'high_freq_factor': 4.0,
+            'original_max_position_embeddings': 16,
+        },
+    },
+    'qwen2': {'arch': 'qwen2', 'n_kv_head': 2},
 }
 every_shape = pytest.mark.parametrize('shape', SHAPES.values(), ids=SHAPES)
 
@@ -79,6 +93,10 @@ def continuations(model, *args, **kwargs):
 # -----------------------------------------------------------------------------
 # logits, loss, gradients
 
+RMS_NORMS = (
+    modeling_llama.LlamaRMSNorm, modeling_qwen2.Qwen2RMSNorm, modeling_qwen3.Qwen3RMSNorm,
+)  # fmt: skip
+
 
 def norm_in_full_precision(self, x):
     """transformers computes RMSNorm in float32 whatever the model's dtype; a reference for float64
@@ -95,7 +113,7 @@ def test_logits_loss_and_gradients_are_those_of_transformers(
     attention = 'eager'  # whose softmax is in float32, too
     if dtype == torch.float64:
         attention = 'sdpa'
-        for norm in (modeling_qwen3.Qwen3RMSNorm, modeling_llama.LlamaRMSNorm):
+        for norm in RMS_NORMS:
             monkeypatch.setattr(norm, 'forward', norm_in_full_precision)
     model = small_model(seed, **shape).to(dtype).eval()
     vocab_size = model.config.vocab_size

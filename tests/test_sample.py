@@ -86,7 +86,7 @@ def test_the_best_or_the_last_checkpoint_is_used(run, trained, tmp_path):
         ('--device=meta', 'it is none of cuda, mps and cpu'),
         # the model
         ('--out_dir=nowhere', 'Train one with: python train.py --out_dir=nowhere'),
-        ('--init_from=gpt3', 'Models known by name: gpt2, gpt2-medium, gpt2-large, gpt2-xl, and ORG/NAME'),
+        ('--init_from=gpt3', 'known by name: gpt2, gpt2-medium, gpt2-large, gpt2-xl, and ORG/NAME'),
         ('--init_from=data', 'data is not a model folder (it has no config.json).'),
         ('--init_from=truncated', 'model.safetensors is damaged or incomplete'),
         # the name of a knob
