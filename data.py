@@ -67,7 +67,7 @@ class Dataset:
     def load(self, verify):
         with open(os.path.join(self.folder, 'meta.json'), encoding='utf-8') as file:
             self.meta = json.load(file)
-        self.tokenizer = tokenizers.load(self.folder)
+        self.tokenizer = tokenizers.load(self.folder, {'eos': self.meta['end_of_text']})
         self.kind = self.meta['tokenizer']
         self.vocab_size = int(self.meta['vocab_size'])
         self.end_of_text = self.meta['end_of_text']

@@ -393,7 +393,9 @@ def join_pieces(divided, tokenizer):
 def is_cut(left, right, tokenizer):
     """Tell whether two texts side by side have the tokens of each."""
     whole, *sides = tokenizer.encode_batch([left + right, left, right])
-    return np.array_equal(whole, np.concatenate(sides))
+    # Some tokenizers forget a space that a text begins with.
+    begins_same = tokenizer.decode(sides[1])[:1] == right[:1]
+    return begins_same and np.array_equal(whole, np.concatenate(sides))
 
 
 def encode_pieces(pieces, tokenizer, end_of_text, dtype='uint32'):

@@ -95,7 +95,8 @@ class TextStream:
         self.tokens = 0  # without the token that ended it
         # A character may take several tokens, and how one is written may depend on those before it
         # (Llama 2 has no space before a first word). So `pending` ones are decoded after `context`.
-        self.context = list(prompt[-10:])
+        # All of the prompt: a part may begin inside a character, which spoils the bytes after it.
+        self.context = list(prompt)
         self.pending = []
         self.settled = ''  # the text of all tokens before `pending`
         self.finish = None  # why it has ended: 'end_of_text', 'stop' or 'length'
@@ -114,7 +115,7 @@ class TextStream:
         # U+FFFD at the end: the last character has bytes missing.
         complete = new_text.rstrip('\ufffd')
         self.text = self.settled + complete
-        if complete == new_text:
+        if new_text and complete == new_text:
             self.settled = self.text
             self.context = self.pending
             self.pending = []

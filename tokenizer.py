@@ -12,6 +12,7 @@ PublishedTokenizer is whatever a tokenizer.json describes, run by Hugging Face's
 keep their files as they were read and write them back byte for byte.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -127,8 +128,11 @@ def _collect_alphabet(texts, end_of_text):
     return OwnTokenizer(ONE_CHARACTER, ranks, special)
 
 
-def load(folder):
+def load(folder, model_ids=None):
     """Open the tokenizer of a folder: a dataset, a checkpoint or a published model.
+
+    model_ids: {'bos', 'eos', 'pad': id} of the model that it belongs to, where its own files name
+    none; None: as the config.json in the folder has them.
 
     Raises UserError when there is none, or when its tokenizer.json is damaged.
     """
@@ -140,7 +144,17 @@ def load(folder):
     try:
         contents = json.loads(files['tokenizer.json'])
         own = _read_own(contents, files)
-        return own or PublishedTokenizer(contents, files, _read_model_ids(folder))
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        reason = ' '.join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f'{path} is not a tokenizer: {reason}.') from None
+    if own:
+        return own
+    named = _read_named(folder)
+    if model_ids is None:
+        model_ids = _read_model_ids(folder)
+    try:
+        with _library_errors():
+            return PublishedTokenizer(contents, files, named, model_ids)
     except UserError as error:
         raise UserError(f'{path} cannot be used: {error}') from None
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
@@ -150,10 +164,7 @@ def load(folder):
 
 def _read_model_ids(folder):
     """{role: id} of special tokens, as the config.json of a model in the same folder has them."""
-    path = folder / 'config.json'
-    if not path.is_file():
-        return {}
-    config = json.loads(path.read_bytes())
+    config = _read_object(folder / 'config.json')
     ids = {}
     for role in ('bos', 'eos', 'pad'):
         value = config.get(f'{role}_token_id')
@@ -161,6 +172,39 @@ def _read_model_ids(folder):
             value = value[0] if value else None
         ids[role] = value
     return ids
+
+
+def _read_named(folder):
+    """What tokenizer_config.json and special_tokens_map.json say, the names of tokens in it."""
+    config = _read_object(folder / 'tokenizer_config.json')
+    names = _read_object(folder / 'special_tokens_map.json')
+    # As in transformers: the second file is of older folders.
+    return names | config if 'added_tokens_decoder' in config else config | names
+
+
+def _read_object(path):
+    """Read the object in a JSON file, {} if there is none. Raises UserError if it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        contents = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        contents = None
+    if not isinstance(contents, dict):
+        raise UserError(f'{path} is damaged: it is not an object in JSON.')
+    return contents
+
+
+@contextlib.contextmanager
+def _library_errors():
+    """Turn what the library raises into UserError: a plain Exception, or Rust's panic."""
+    try:
+        yield
+    except BaseException as error:  # a panic is no Exception
+        if type(error) is not Exception and type(error).__name__ != 'PanicException':
+            raise
+        reason = ' '.join(str(error).split())[:200]
+        raise UserError(f'the library tokenizers cannot use it: {reason}.') from None
 
 
 def same_vocabulary(a, b):
@@ -355,7 +399,7 @@ class PublishedTokenizer:
 
     kind = 'published'
 
-    def __init__(self, contents, files, model_ids):
+    def __init__(self, contents, files, named, model_ids):
         self.library = Tokenizer.from_buffer(files['tokenizer.json'])
         self.library.no_truncation()  # a tokenizer.json may have both, for models that read pairs
         self.library.no_padding()
@@ -371,8 +415,11 @@ class PublishedTokenizer:
             unknown, _ = model['vocab'][model['unk_id']]
         self.unknown_id = self._id_of(unknown)
 
-        self.config = json.loads(files.get('tokenizer_config.json', b'{}'))
-        self.special_ids = self._find_special(files, model_ids)
+        # Added tokens, the special ones among them: what is between them is a text of its own.
+        added = [token.content for token in self.library.get_added_tokens_decoder().values()]
+        added.sort(key=len, reverse=True)
+        self.added = re.compile('|'.join(map(re.escape, added)) or r'(?!)')
+        self.special_ids = self._find_special(named, model_ids)
         self.end_of_text = self.special_ids.get('eos')
         self.files = dict(files)
         if 'tokenizer_config.json' not in files:
@@ -382,6 +429,8 @@ class PublishedTokenizer:
         alone = self.encode('a').tolist()
         as_prompt = self.library.encode('a').ids
         self.prefix = as_prompt[: as_prompt.index(alone[0])] if alone else []
+        if not self.ids.issuperset(self.prefix):
+            raise UserError('it puts ids before a text that no token has.')
 
     def _id_of(self, token):
         """Return the id of a special token, as its text or as an object with it; or None."""
@@ -389,15 +438,14 @@ class PublishedTokenizer:
             token = token.get('content')
         return self.library.token_to_id(token) if isinstance(token, str) else None
 
-    def _find_special(self, files, model_ids):
+    def _find_special(self, named, model_ids):
         """{role: id}, by the tokenizer's files, else by the model's, else by well-known names."""
-        named = json.loads(files.get('special_tokens_map.json', b'{}')) | self.config
         known = {'bos': BEGINNINGS, 'eos': ENDS, 'pad': ()}
         special = {}
         for role, usual in known.items():
             candidates = [self._id_of(named.get(f'{role}_token')), model_ids.get(role)]
             candidates += [self._id_of(token) for token in usual]
-            found = [id for id in candidates if id in self.ids]
+            found = [id for id in candidates if type(id) is int and id in self.ids]
             if found:
                 special[role] = found[0]
         return special
@@ -421,7 +469,8 @@ class PublishedTokenizer:
         """Return the ids of each text, on all cores."""
         for text in texts:
             _check_surrogates(text)
-        encoded = self.library.encode_batch_fast(texts, add_special_tokens=False)
+        with _library_errors():
+            encoded = self.library.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encoded]
 
     def encode_prompt(self, text):
@@ -454,21 +503,35 @@ class PublishedTokenizer:
 
     def _explain_change(self, text, ids, decoded):
         """Return what the tokenizer has done to a text on purpose, or None."""
-        if decoded == ' ' + text:
-            return SPACE
         if self.unknown_id in ids:
-            return UNKNOWN
+            return UNKNOWN if self._has_all(text, decoded) else None
+        before = self.added.split(text)
+        after = self.added.split(decoded)
+        if len(before) != len(after):
+            return None
+        pairs = list(zip(before, after, strict=True))
+        if all(part in (again, again.removeprefix(' ')) for part, again in pairs):
+            return SPACE
         # A normalizer takes both for the same text.
-        if self._normalize(decoded) == self._normalize(text):
+        if all(self._normalize(part) == self._normalize(again) for part, again in pairs):
             return NORMALIZED
         return None
+
+    def _has_all(self, text, decoded):
+        """Tell whether a text has, in order, what is decoded between its unknown characters."""
+        rest = self._normalize(text)
+        for part in decoded.split(self.library.id_to_token(self.unknown_id)):
+            known = self._normalize(part)
+            if known not in rest:
+                return False
+            rest = rest[rest.index(known) + len(known) :]
+        return True
 
     def _normalize(self, text):
         if self.library.normalizer:
             text = self.library.normalizer.normalize_str(text)
         # Llama 2's writes a space as U+2581, and one more at the beginning.
         return text.replace('\u2581', ' ').strip(' ')
-
 
 
 # -----------------------------------------------------------------------------
@@ -528,26 +591,39 @@ def render_chat(tokenizer, messages):
     messages: [{'role': 'user', 'content': text}, ...]. A template is a program in jinja's sandbox.
     Raises UserError when the model has none, or when it refuses the messages.
     """
-    from jinja2 import TemplateError  # here, since few need it
+    from jinja2 import nodes  # here, since few need it
+    from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    config = json.loads(tokenizer.files['tokenizer_config.json'])
+    class Generation(Extension):
+        """{% generation %}...{% endgeneration %}, a mark for training, which is no text."""
+
+        tags = {'generation'}  # noqa: RUF012
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(['name:endgeneration'], drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
     template = find_template(tokenizer)
+    named = json.loads(tokenizer.files.get('special_tokens_map.json', b'{}'))
+    named |= json.loads(tokenizer.files['tokenizer_config.json'])
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
     )
     environment.filters['tojson'] = partial(json.dumps, ensure_ascii=False)
     environment.globals.update(raise_exception=_raise_template_error, strftime_now=time.strftime)
     names = {}
     for role in ('bos_token', 'eos_token', 'pad_token', 'unk_token'):
-        token = config.get(role) or ''
+        token = named.get(role) or ''
         names[role] = token['content'] if isinstance(token, dict) else token
     try:
         return environment.from_string(template).render(
-            messages=messages, add_generation_prompt=True, **names
+            messages=messages, add_generation_prompt=True, tools=None, documents=None, **names
         )
-    except TemplateError as error:
-        raise UserError(f"The model's chat template cannot be used: {error}") from None
+    except Exception as error:  # it is a program, which may raise anything
+        reason = ' '.join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"The model's chat template cannot be used: {reason}") from None
 
 
 def _raise_template_error(message):
@@ -565,8 +641,11 @@ def find_template(tokenizer):
         stored = files.get('chat_template.json', files['tokenizer_config.json'])
         template = json.loads(stored).get('chat_template')
     if isinstance(template, list):  # several with names
-        named = {entry['name']: entry['template'] for entry in template}
-        template = named.get('default')
+        named = [entry for entry in template if isinstance(entry, dict)]
+        found = [entry.get('template') for entry in named if entry.get('name') == 'default']
+        template = found[0] if found else None
     if not template:
         raise UserError('The model has no chat template: use a prompt, without --chat.')
-    return re.sub(r'{%-?\s*(end)?generation\s*-?%}', '', template)  # a mark for training
+    if not isinstance(template, str):
+        raise UserError('The chat template of the model is not a text.')
+    return template

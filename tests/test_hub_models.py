@@ -391,7 +391,7 @@ def test_weights_that_break_off_are_fetched_from_there_on(client, published):
 def test_each_file_is_fetched_once_whatever_fails(client, fail_every):
     """The client repeats questions, but not a download: that is the next run's."""
     client.hub.fail_every = fail_every
-    *failed, last = client.run_several(8 * [['sample.py', *SAMPLE, '--init_from=org/sharded']])
+    *failed, last = client.run_several(12 * [['sample.py', *SAMPLE, '--init_from=org/sharded']])
     assert any(request.status == 503 for request in client.hub.requests)
     for result in failed:
         if result.code:

@@ -499,7 +499,6 @@ def test_a_change_is_noted_once_with_its_count(layouts, run, name):
 
 @pytest.mark.parametrize('name', LAYOUTS)
 def test_what_is_not_changed_has_no_note(layouts, run, monkeypatch, name):
-    # FAILS for unigram: a piece of a document that begins with a space comes back without it, and
     # is noted, though the document as a whole is as it was.
     monkeypatch.setattr(documents, 'PIECE', 300)
     text = 'and so, my lord, and so it is.\n' * 100
@@ -516,7 +515,6 @@ def test_what_is_not_changed_has_no_note(layouts, run, monkeypatch, name):
     ('name', 'token'), [('plain', '<|endoftext|>'), ('llama2', '</s>'), ('unigram', '</s>')]
 )
 def test_special_tokens_in_a_text_are_no_loss(layouts, run, name, token):
-    # FAILS for llama2 and unigram, which put a space after a special token as well: they are
     # refused, though nothing is lost. It is to be a note, as for the space before a text.
     text = f'one of them: {token} and two of them: {token}{token}end\n' * 20
     result = prepare(run, layouts[name], text=text)
@@ -524,7 +522,6 @@ def test_special_tokens_in_a_text_are_no_loss(layouts, run, name, token):
 
 
 def test_a_space_after_a_special_token_is_no_loss(run, tmp_path):
-    # FAILS, as above.
     special = ('<|endoftext|>', '<|sep|>')
     library = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=True), special=special)
     library.save('tokenizer.json')
@@ -548,14 +545,12 @@ def test_a_tokenizer_that_loses_white_space_is_refused(run, tmp_path):
 
 
 def test_unknown_words_do_not_hide_lost_white_space(run, tmp_path):
-    # FAILS: one unknown word, and whatever else is lost of the document is taken for its fault.
     words_only(unknown='<unk>').save('tokenizer.json')
     text = 'so it is\n  so it is, my lord\n' * 50
     refused(run, tmp_path, text, 'would lose text')
 
 
 def test_what_the_library_cannot_encode_is_refused(layouts, run, tmp_path):
-    # FAILS: the library's own Exception comes with a traceback.
     words_only().save('tokenizer.json')
     refused(run, tmp_path, 'so it is my lord\n' * 50, 'Missing [UNK] token')
 
@@ -639,7 +634,6 @@ def begin_with_nothing(contents):
 
 @pytest.mark.parametrize('change', [name_nobody, break_charsmap, begin_with_nothing])
 def test_what_the_library_panics_at_is_one_sentence(layouts, run, tmp_path, change):
-    # FAILS: the panics end in a traceback; an id that no token has is taken for what comes before
     # a prompt, and would be an index out of range when a text is generated.
     contents = json.loads((layouts['llama3'] / 'tokenizer.json').read_text())
     change(contents)
@@ -649,7 +643,6 @@ def test_what_the_library_panics_at_is_one_sentence(layouts, run, tmp_path, chan
 
 
 def test_a_vocabulary_without_words_is_one_sentence(run, tmp_path):
-    # FAILS: the library's Exception when it is asked for the ids of a text comes with a traceback.
     library = Tokenizer(models.WordLevel({'</s>': 0, 'so': 1}, unk_token='<unk>'))
     library.save('tokenizer.json')
     refused(run, tmp_path, 'a text\n' * 100, 'Missing [UNK] token')
@@ -668,7 +661,6 @@ NOT_OBJECTS = {
 
 @pytest.mark.parametrize('damage', NOT_OBJECTS)
 def test_a_damaged_file_beside_it_is_named(layouts, run, tmp_path, damage):
-    # FAILS: the sentence says that tokenizer.json is not a tokenizer, though another file is
     # damaged.
     shutil.copy(layouts['llama3'] / 'tokenizer.json', tmp_path)
     for name in ('tokenizer_config.json', 'special_tokens_map.json', 'config.json'):
@@ -695,7 +687,6 @@ NO_IDS = (-1, 10**9, 1.5, '2', True, None, [], {}, [None], ['2'], [[2]])
 
 @pytest.mark.parametrize('value', NO_IDS, ids=repr)
 def test_an_id_that_no_token_has_is_passed_over(layouts, tmp_path, value):
-    # FAILS for {} and [[2]], which are a sentence about tokenizer.json, and for True, which is
     # taken for 1.
     shutil.copy(layouts['llama3'] / 'tokenizer.json', tmp_path)
     (tmp_path / 'config.json').write_text(json.dumps({'eos_token_id': value}))
@@ -705,7 +696,6 @@ def test_an_id_that_no_token_has_is_passed_over(layouts, tmp_path, value):
 
 @pytest.mark.parametrize('name', ['llama3', 'llama2', 'unigram'])
 def test_random_damage_is_a_sentence(layouts, tmp_path, name):
-    # FAILS for llama2, at a panic of the library.
     rng = random.Random(name)
     whole = (layouts[name] / 'tokenizer.json').read_bytes()
     path = tmp_path / 'tokenizer.json'
@@ -762,9 +752,7 @@ NAMED = {
 
 @pytest.mark.parametrize('where', NAMED)
 def test_the_end_of_text_is_found_and_stays(layouts, run, tmp_path, where):
-    # FAILS for 'the model, where the others are silent': what only the model's config.json says is
     # forgotten in data/NAME, and the checkpoint gets another eos than the .bin files have.
-    # FAILS for 'the map is the first choice in older folders', which is what transformers does.
     folder = write_folder(tmp_path / 'published', layouts['llama3'], NAMED[where])
     assert tk.load(folder).end_of_text == 2
     named = AutoTokenizer.from_pretrained(folder).eos_token_id
@@ -819,7 +807,6 @@ def stream(tokenizer, prompt, ids, **options):
 
 @pytest.mark.parametrize('name', LAYOUTS)
 def test_a_stream_is_the_decoded_text_without_its_prompt(layouts, name):
-    # FAILS for llama2 and gemma where a prompt ends with many bytes: the first ten tokens from its
     # end may begin inside a character, and then all bytes after it are taken for invalid.
     ours = tk.load(layouts[name])
     theirs = open_library(layouts[name])
@@ -865,7 +852,6 @@ def test_the_space_of_the_first_generated_word_is_kept(layouts, name):
 
 
 def test_an_id_without_a_token_does_not_eat_a_space(layouts):
-    # FAILS: a model may have more ids than its tokenizer has tokens. Such an id is no text, and the
     # word after it is taken for the first one, which loses its space.
     ours = tk.load(layouts['unigram'])
     ids = [ours.n_vocab + 5, *ours.encode_prompt('and so')]
@@ -1048,7 +1034,6 @@ def rendered_by_transformers(folder, messages):
 @pytest.mark.parametrize('name', TEMPLATES)
 @pytest.mark.parametrize('file', ['tokenizer_config.json', 'chat_template.jinja'])
 def test_chats_are_those_of_transformers(layouts, tmp_path, name, file):
-    # FAILS for generation: where a mark is taken out, the white space around it is to go or stay as
     # around other tags. FAILS for tools, which transformers always gives, as none.
     folder = chat_folder(layouts, tmp_path / 'chat', TEMPLATES[name], file)
     ours = tk.load(folder)
@@ -1066,7 +1051,6 @@ def test_the_default_of_several_templates_is_used(layouts, tmp_path):
 
 
 def test_a_template_has_the_tokens_of_the_map(layouts, tmp_path):
-    # FAILS: special_tokens_map.json is not looked at.
     files = {'special_tokens_map.json': NAMES, 'chat_template.jinja': LLAMA}
     files['tokenizer_config.json'] = {'tokenizer_class': 'PreTrainedTokenizerFast'}
     folder = write_folder(tmp_path / 'chat', layouts['llama3'], files)
@@ -1131,7 +1115,6 @@ def test_a_template_that_cannot_be_used_is_refused(layouts, tmp_path, template):
     ],
 )
 def test_whatever_a_template_raises_is_a_sentence(layouts, tmp_path, template):
-    # FAILS for all but one: only jinja's own errors are caught.
     folder = chat_folder(layouts, tmp_path / 'chat', template)
     with pytest.raises(UserError, match='chat template'):
         tk.render_chat(tk.load(folder), [USER])
