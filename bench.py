@@ -354,7 +354,7 @@ def tiktoken_rate(vocabulary, parts, n_threads):
 
     def encode(encoding, own_parts):
         for part in own_parts:
-            encoding.encode(part)
+            encoding.encoding.encode_to_numpy(part, disallowed_special=())
 
     rounds = math.ceil(corpus_mb / 32)
     encodings = [vocabulary.copy() for _ in range(n_threads)]

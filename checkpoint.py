@@ -294,7 +294,7 @@ def check_shape(path, out_dir, config, knobs):
     Compared are the fields of GPTConfig that are knobs, except dropout, which may change. knobs:
     those that it was saved with.
     """
-    # A rotary model may be trained on windows shorter than its context; these must stay the same.
+    # A rotary model keeps a longer context than its windows. These must stay the same.
     saved = replace(read_config(path), block_size=knobs['block_size'])
     comparable = config.keys() - {'dropout'}
     names = [field.name for field in fields(GPTConfig) if field.name in comparable]

@@ -110,8 +110,10 @@ class Dataset:
 
         vocab_size: of the model, which may have a few tokens more to round the number up.
         """
-        fits = tokenizers.same_vocabulary(tokenizer, self.tokenizer)
-        if not fits or self.vocab_size > vocab_size:
+        is_same = tokenizers.same_vocabulary(tokenizer, self.tokenizer)
+        # A tokenizer may have tokens that the model has not, such as one for padding.
+        highest = max(self.meta[key].get('highest', 0) for key in ('train', 'val'))
+        if not is_same or highest >= vocab_size:
             name = 'gpt2' if source in PUBLISHED else source
             what = f'The model {source} has a vocabulary of {vocab_size:,} tokens'
             other = f'{self.folder} another one of {self.vocab_size:,}'

@@ -372,9 +372,9 @@ def in_batches(divided):
 def join_pieces(divided, tokenizer):
     """Join again the pieces of a document that a tokenizer would join: (split, text, ends).
 
-    Where one was cut, the tokens of the text around that place must be those of both sides. It
-    always is for our own tokenizers; Llama 2's puts a space before every text, so its documents
-    stay whole.
+    A cut is good if the text around it has the tokens of its two sides. Our own tokenizers never
+    join across one. Llama 2's puts a space before every text, so its documents stay whole, and in
+    memory.
     """
     if tokenizer.kind != 'published':
         yield from divided
@@ -402,8 +402,8 @@ def encode_pieces(pieces, tokenizer, end_of_text, dtype='uint32'):
     """Tokenize [(text, ends), ...], with the id `end_of_text`, if not None, after each document.
 
     Returns the ids, (n,) of the dtype; of each piece the number of its tokens, its UTF-8 bytes and
-    whether a document ends there, (len(pieces),) int64 each; and what the tokenizer changes, see
-    find_changes there, which raises UserError if text would be lost.
+    whether a document ends there, (len(pieces),) int64 each; and what the tokenizer's find_changes
+    returns. Raises UserError if text would be lost.
     """
     texts = [text for text, _ in pieces]
     ends = np.array([ends for _, ends in pieces], np.int64)

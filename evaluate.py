@@ -18,14 +18,15 @@ import itertools
 import json
 import logging
 import math
+import os
 import re
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 import documents
 import parallel
-import tokenizer as tokenizers
 from checkpoint import read_meta
 from configurator import check_range, configure
 from data import Dataset
@@ -70,14 +71,19 @@ if not has_text and (stride or block_size or detokenize):
 # -----------------------------------------------------------------------------
 # model
 
+MOST_TOKENS = 2**15  # of a batch
+
 device = parallel.init_process_group(pick_device(device), None, parallel.world_size)
 autocast = make_autocast(device, pick_dtype(dtype, device))
 folder, model, tokenizer = load_model(init_from, out_dir, checkpoint)
 model.to(device).eval()
 end_of_text = tokenizer.end_of_text  # None: the tokenizer has none
 check_range(config, 1, model.config.block_size, 'block_size')
-run_config = read_meta(folder)['config'] if init_from == 'resume' else {}
+is_checkpoint = os.path.exists(os.path.join(folder, 'meta.json'))
+run_config = read_meta(Path(folder))['config'] if is_checkpoint else {}
 block_size = block_size or run_config.get('block_size') or model.config.block_size
+# A long context has fewer windows at once, which changes no result.
+batch_size = max(1, min(batch_size, MOST_TOKENS // block_size))
 check_range(config, 1, block_size, 'stride')
 
 # -----------------------------------------------------------------------------
@@ -146,11 +152,7 @@ def open_dataset():
     if name is None:
         raise UserError('Say what to evaluate it on: --dataset=NAME, --input=FILE, --hellaswag=hub')
     data = Dataset(name)
-    if not tokenizers.same_vocabulary(data.tokenizer, tokenizer):
-        raise UserError(
-            f'{data.folder} has a vocabulary of {data.vocab_size:,} tokens, the model another one '
-            f'of {tokenizer.n_vocab:,}: prepare the text with --tokenizer={folder}'
-        )
+    data.check_vocabulary(tokenizer, model.config.vocab_size, folder)
     return data
 
 
@@ -305,9 +307,9 @@ def make_request(context, continuation):
     n_context = len(tokenizer.encode(context.rstrip()))
     n_continuation = len(ids) - n_context
     if n_context == 0:  # something must come before the first token
-        if end_of_text is None:
+        if not tokenizer.prefix and end_of_text is None:
             raise UserError('A question has an empty context, and the tokenizer no end-of-text.')
-        ids = [end_of_text, *ids]
+        ids = [*(tokenizer.prefix or [end_of_text]), *ids]
     room = model.config.block_size
     if not 0 < n_continuation <= room:
         sizes = f'has {n_continuation:,} tokens, and the model sees {room:,}'

@@ -41,7 +41,7 @@ def load_tokenizer(folder, vocab_size):
     """Load the tokenizer of a model's folder. Raises UserError if it has none."""
     # Folders with GPT-2's weights may lack its tokenizer, but everybody knows it.
     has_tokenizer = os.path.exists(os.path.join(folder, 'tokenizer.json'))
-    if vocab_size == 50257 and not has_tokenizer:
+    if 50257 <= vocab_size <= 50304 and not has_tokenizer:  # nanoGPT rounds it up
         return tokenizers.build('gpt2')
     return tokenizers.load(folder)
 
@@ -159,7 +159,7 @@ def generate_text(
 
     A sample ends at the model's own end-of-text tokens, and before a text in `stop`. stream: called
     with each new piece of the first sample's text as it is generated. compile: the decoding of one
-    token. is_chat: the prompt is from a chat template, which begins it as the model wants.
+    token. is_chat: whether a chat template wrote the prompt, see encode_prompt.
     sampling: temperature, top_k, ... as model.sample_next takes them. The same seed gives the same
     texts; torch's global generator is left alone. Raises UserError for a prompt that cannot be
     used.
@@ -186,14 +186,16 @@ def generate_text(
 def encode_prompt(tokenizer, prompt, block_size, is_chat=False):
     """Return a prompt's ids, a list. Special tokens in it are those tokens.
 
-    An empty one begins a document: it is what the tokenizer puts before a text, or end-of-text.
-    Raises UserError for a prompt that cannot be encoded.
+    The tokenizer's prefix, such as <s>, comes first, unless the prompt has it, or is_chat: a chat
+    template writes it itself. Without a prefix an empty prompt is an end-of-text, with which a
+    document begins. Raises UserError for a prompt that cannot be encoded.
     """
     try:
         ids = tokenizer.encode_prompt(prompt)
     except UserError as error:
         raise UserError(f'Choose another prompt than {prompt[:20]!r}: {error}') from None
-    if not is_chat and ids[: len(tokenizer.prefix)] != tokenizer.prefix:
+    has_prefix = ids[: len(tokenizer.prefix)] == tokenizer.prefix
+    if not has_prefix and not is_chat:
         ids = tokenizer.prefix + ids
     if not ids:
         if tokenizer.end_of_text is None:
@@ -236,11 +238,11 @@ def evaluate_loss(model, tokens, block_size, batch_size, autocast=None, stride=N
         # What overlaps has been counted, but in the very first window, which has none before it.
         first_overlapping = 1 if start == 0 else 0
         y[first_overlapping:, :overlap] = IGNORE
-        # A last batch with fewer windows is not worth compiling a model again.
-        uncompiled = contextlib.nullcontext()
-        if x.shape != full_shape and model._compiled_call_impl is not None:
-            uncompiled = torch.compiler.set_stance('force_eager')
-        with uncompiled, autocast or contextlib.nullcontext():
+        is_compiled = model._compiled_call_impl is not None  # by model.compile()
+        stance = contextlib.nullcontext()
+        if is_compiled and x.shape != full_shape:  # not worth compiling the model again
+            stance = torch.compiler.set_stance('force_eager')
+        with stance, autocast or contextlib.nullcontext():
             loss = model(x.to(device), y.to(device))
         n = int((y != IGNORE).sum())
         if n > 0:  # the mean over no targets is NaN
@@ -281,7 +283,8 @@ def log_likelihoods(model, requests, batch_size, autocast=None):
         with autocast or contextlib.nullcontext():
             hidden = model.forward_hidden(x.to(device))
         # In float32: rounded to 16 bits, the likeliest tokens would often be equally likely.
-        logits = model.logits(hidden[counts.to(device)].float())  # (targets, V)
+        hidden = hidden[counts.to(device)].to(model.lm_head.weight.dtype)
+        logits = model.logits(hidden).float()  # (targets, V)
         log_probs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
         is_missed = logits.argmax(-1) != targets
 

@@ -460,7 +460,8 @@ class GPT(nn.Module):
         """
         folder = find_pretrained(source)
         config = read_config(folder)
-        config = config.crop(block_size or config.block_size)
+        if block_size:
+            config = config.crop(block_size)
         with SkipInit():
             model = cls(replace(config, **changes))
         load_weights(model, folder)
@@ -724,7 +725,7 @@ SCALING = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_positi
 
 FRACTIONS = ('dropout', 'norm_eps', 'rope_theta')  # fields that need not be whole numbers
 
-# What is wanted of a repository of the Hub.
+# What is wanted of a repository of the Hub, besides weights; tokenizer.FILES are among them.
 CONFIG_FILES = [
     'config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json',
     'special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja', 'chat_template.json',
@@ -809,7 +810,7 @@ def to_hf_config(model, special_ids):
             config[f'{role}_token_id'] = special_ids.get(role)
     if model_type == 'flatgpt':
         config['fields'] = list(hf_fields(c.arch))
-    if c.rope_scaling is None:  # transformers complains of the name; older ones need it
+    if c.rope_scaling is None:  # new versions of transformers warn of the name, old ones need it
         del config['rope_scaling']
     if c.arch == 'gpt2':
         config.update(activation_function='gelu_new', n_ctx=c.block_size)
@@ -987,7 +988,8 @@ def find_pretrained(source, with_weights=True):
     """The folder of a model: `source` itself, or the download of a name on the Hugging Face Hub.
 
     A name is ORG/NAME or ORG/NAME@revision, or one of PUBLISHED. What is there already is not
-    downloaded again. Raises UserError when the model cannot be had.
+    downloaded again. with_weights: else only its configuration and tokenizer are wanted. Raises
+    UserError when the model cannot be had.
     """
     name, _, revision = os.fspath(source).partition('@')
     if name in PUBLISHED:

@@ -262,6 +262,8 @@ with tempfile.TemporaryDirectory(prefix=f'.{target.name}-', dir=target.parent) a
         documents.join_pieces(read_splits(readers, lengths, fraction, seed), encoding)
     )
     n_threads = num_proc or count_cores()
+    # There are threads enough: the library tokenizers need not start its own in each.
+    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
     encoded = documents.encode_all(batches, encoding, separator, dtype, n_threads)
     # Ends its threads, and a Hub's readers, whatever happens.
     with contextlib.closing(batches), contextlib.closing(encoded):

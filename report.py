@@ -93,9 +93,9 @@ def _first_cells(step, tokens, loss):
 def check_prompt(tokenizer, prompt, block_size):
     """Check that sample_prompt can be used with a dataset's tokenizer. Raises UserError."""
     try:
-        n = len(tokenizer.encode_prompt(prompt))
+        n = len(tokenizer.prefix) + len(tokenizer.encode_prompt(prompt))
     except UserError as error:
-        raise UserError(f'sample_prompt={prompt!r} does not suit the dataset: {error}') from None
+        raise UserError(f'sample_prompt={prompt!r} does not suit the tokenizer: {error}') from None
     can_be_empty = tokenizer.end_of_text is not None  # it is that token then
     if n > block_size or (n == 0 and not can_be_empty):
         raise UserError(f'sample_prompt has {n:,} tokens: it needs 1 to block_size={block_size}.')

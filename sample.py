@@ -58,6 +58,8 @@ check_range(config, 1e-9, 10**9, 'repetition_penalty')
 
 if chat and (compare or format == 'jsonl'):
     raise UserError('chat has one answer to a message, as text: it is without compare and jsonl.')
+if chat and not interactive and not start.strip():
+    raise UserError('chat needs a message to answer: give it with --start, or use --interactive.')
 
 # -----------------------------------------------------------------------------
 # prompt
@@ -122,11 +124,11 @@ messages = []  # the conversation so far
 
 def print_answer(message):
     """Print the model's answer to a message. Both become part of the conversation."""
-    asked = [*messages, {'role': 'user', 'content': message}]
-    prompt = render_chat(tokenizer, asked)
+    question = {'role': 'user', 'content': message}
+    prompt = render_chat(tokenizer, [*messages, question])
     (answer,) = generate(prompt, 1, stream=print_now, is_chat=True, **sampling)
     print(f'\n{RULER}')
-    messages[:] = [*asked, {'role': 'assistant', 'content': answer.text}]
+    messages.extend([question, {'role': 'assistant', 'content': answer.text}])
 
 
 def print_jsonl(prompt):

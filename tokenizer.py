@@ -42,7 +42,7 @@ MOST_TOKENS = 2**24  # of a vocabulary
 # What a published tokenizer may change in a text.
 SPACE = 'puts a space before a text'
 UNKNOWN = 'has no token for some characters'
-NORMALIZED = 'normalizes the text'
+NORMALIZED = 'normalizes the text, or white space at its special tokens'
 
 # How a text is cut into pieces before any merge; every character falls into exactly one piece.
 ONE_CHARACTER = r'[\s\S]'
@@ -132,29 +132,24 @@ def load(folder, model_ids=None):
     """Open the tokenizer of a folder: a dataset, a checkpoint or a published model.
 
     model_ids: {'bos', 'eos', 'pad': id} of the model that it belongs to, where its own files name
-    none; None: as the config.json in the folder has them.
-
-    Raises UserError when there is none, or when its tokenizer.json is damaged.
+    none; None: as the config.json in the folder has them. Raises UserError when there is no
+    tokenizer, or a damaged file.
     """
     folder = Path(folder)
     path = folder / 'tokenizer.json'
     if not path.exists():
         raise UserError(f'There is no {path}: a tokenizer cannot be loaded from there.')
     files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
-    try:
-        contents = json.loads(files['tokenizer.json'])
-        own = _read_own(contents, files)
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        reason = ' '.join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f'{path} is not a tokenizer: {reason}.') from None
-    if own:
-        return own
-    named = _read_named(folder)
+    names = _read_names(folder)
     if model_ids is None:
         model_ids = _read_model_ids(folder)
     try:
+        contents = json.loads(files['tokenizer.json'])
+        own = _read_own(contents, files)
+        if own:
+            return own
         with _library_errors():
-            return PublishedTokenizer(contents, files, named, model_ids)
+            return PublishedTokenizer(contents, files, names, model_ids)
     except UserError as error:
         raise UserError(f'{path} cannot be used: {error}') from None
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
@@ -174,12 +169,20 @@ def _read_model_ids(folder):
     return ids
 
 
-def _read_named(folder):
-    """What tokenizer_config.json and special_tokens_map.json say, the names of tokens in it."""
+def _read_names(folder):
+    """{'bos_token', 'eos_token', ...: text}, as two files of a folder name special tokens."""
     config = _read_object(folder / 'tokenizer_config.json')
-    names = _read_object(folder / 'special_tokens_map.json')
-    # As in transformers: the second file is of older folders.
-    return names | config if 'added_tokens_decoder' in config else config | names
+    others = _read_object(folder / 'special_tokens_map.json')
+    # As in transformers: the second file is of older folders, whose first one has less.
+    merged = others | config if 'added_tokens_decoder' in config else config | others
+    names = {}
+    for role in ('bos_token', 'eos_token', 'pad_token', 'unk_token'):
+        token = merged.get(role)
+        if isinstance(token, dict):  # with how it is matched
+            token = token.get('content')
+        if isinstance(token, str):
+            names[role] = token
+    return names
 
 
 def _read_object(path):
@@ -219,11 +222,12 @@ def same_vocabulary(a, b):
 class OwnTokenizer:
     """One of KINDS.
 
-    ranks: {bytes of a token: its id}. special: {text of a special token: its id}; None puts
-    end-of-text after the others. files: what it was read from; None: they are made.
+    Arguments: ranks: {bytes of a token: its id}. special: {text of a special token: its id}; None
+    puts end-of-text after the others. files: {name: bytes} that it was read from; None makes them.
 
-    kind, n_vocab, files; end_of_text: its id, or None; special_ids: {'bos', 'eos', 'pad': id} of
-    those that there are; prefix: the ids that come before a prompt.
+    Attributes, also of PublishedTokenizer: kind, n_vocab, ids, files; end_of_text: its id, or None;
+    special_ids: {'bos', 'eos', 'pad': id} of those that there are; names: {'bos_token', ...: text};
+    prefix: the ids that come before a prompt.
     """
 
     def __init__(self, pattern, ranks, special=None, files=None):
@@ -241,8 +245,10 @@ class OwnTokenizer:
         self.end_of_text = special.get(END_OF_TEXT)
         self.prefix = []
         self.special_ids = {}
+        self.names = {}
         if self.end_of_text is not None:
             self.special_ids = {'bos': self.end_of_text, 'eos': self.end_of_text}
+            self.names = {'bos_token': END_OF_TEXT, 'eos_token': END_OF_TEXT}
         self.files = files or self._make_files()
 
     def _make_files(self):
@@ -300,8 +306,10 @@ class OwnTokenizer:
 
         Raises UserError if they do not.
         """
-        for text, ids in itertools.islice(zip(texts, encoded, strict=True), 1):
-            _check_same(text, self.decode(ids))
+        if texts:
+            decoded = self.encoding.decode(encoded[0].tolist())
+            if decoded != texts[0]:
+                raise _loss(texts[0], decoded)
         return {}
 
 
@@ -382,7 +390,7 @@ def _read_own(contents, files):
             return None
     except (KeyError, IndexError, TypeError, AttributeError):
         return None
-    _check_size(max(ids))
+    _check_size(max(ids) + 1)
     return OwnTokenizer(pattern, ranks, special, files)
 
 
@@ -393,13 +401,14 @@ def _read_own(contents, files):
 class PublishedTokenizer:
     """Whatever a tokenizer.json describes, with the ids that the `tokenizers` library gives it.
 
-    contents: of tokenizer.json. files: {name: bytes} of all of FILES that there are. model_ids:
-    {'bos', 'eos', 'pad': id} of the model that it belongs to, where its own files name none.
+    contents: of tokenizer.json. files: {name: bytes} of all of FILES that there are. names: of
+    special tokens, by its files. model_ids: {'bos', 'eos', 'pad': id} of the model that it belongs
+    to, for those without a name.
     """
 
     kind = 'published'
 
-    def __init__(self, contents, files, named, model_ids):
+    def __init__(self, contents, files, names, model_ids):
         self.library = Tokenizer.from_buffer(files['tokenizer.json'])
         self.library.no_truncation()  # a tokenizer.json may have both, for models that read pairs
         self.library.no_padding()
@@ -415,17 +424,23 @@ class PublishedTokenizer:
             unknown, _ = model['vocab'][model['unk_id']]
         self.unknown_id = self._id_of(unknown)
 
-        # Added tokens, the special ones among them: what is between them is a text of its own.
-        added = [token.content for token in self.library.get_added_tokens_decoder().values()]
-        added.sort(key=len, reverse=True)
-        self.added = re.compile('|'.join(map(re.escape, added)) or r'(?!)')
-        self.special_ids = self._find_special(named, model_ids)
+        self.special_ids = self._find_special(names, model_ids)
         self.end_of_text = self.special_ids.get('eos')
+        self.names = dict(names)
         self.files = dict(files)
         if 'tokenizer_config.json' not in files:
-            names = {role: self.library.id_to_token(id) for role, id in self.special_ids.items()}
-            self.files['tokenizer_config.json'] = _config_file(names.get('bos'), names.get('eos'))
-        # Ids that the library puts before a text that is a prompt, such as that of <s>.
+            for role, id in self.special_ids.items():
+                self.names[f'{role}_token'] = self.library.id_to_token(id)
+            texts = [self.names.get(role) for role in ('bos_token', 'eos_token')]
+            self.files['tokenizer_config.json'] = _config_file(*texts)
+
+        # Some added tokens, such as special ones, eat white space beside them or put some there.
+        added = [token.content for token in self.library.get_added_tokens_decoder().values()]
+        added.sort(key=len, reverse=True)
+        any_added = '|'.join(map(re.escape, added)) or '(?!)'
+        self.beside_added = re.compile(rf'\s*({any_added})\s*')
+
+        # What the library puts before a prompt, such as <s>: all before the ids of a text alone.
         alone = self.encode('a').tolist()
         as_prompt = self.library.encode('a').ids
         self.prefix = as_prompt[: as_prompt.index(alone[0])] if alone else []
@@ -433,17 +448,15 @@ class PublishedTokenizer:
             raise UserError('it puts ids before a text that no token has.')
 
     def _id_of(self, token):
-        """Return the id of a special token, as its text or as an object with it; or None."""
-        if isinstance(token, dict):
-            token = token.get('content')
+        """Return the id of a token by its text, or None."""
         return self.library.token_to_id(token) if isinstance(token, str) else None
 
-    def _find_special(self, named, model_ids):
+    def _find_special(self, names, model_ids):
         """{role: id}, by the tokenizer's files, else by the model's, else by well-known names."""
         known = {'bos': BEGINNINGS, 'eos': ENDS, 'pad': ()}
         special = {}
         for role, usual in known.items():
-            candidates = [self._id_of(named.get(f'{role}_token')), model_ids.get(role)]
+            candidates = [self._id_of(names.get(f'{role}_token')), model_ids.get(role)]
             candidates += [self._id_of(token) for token in usual]
             found = [id for id in candidates if type(id) is int and id in self.ids]
             if found:
@@ -466,7 +479,7 @@ class PublishedTokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts):
-        """Return the ids of each text, on all cores."""
+        """Return the ids of each text."""
         for text in texts:
             _check_surrogates(text)
         with _library_errors():
@@ -495,7 +508,7 @@ class PublishedTokenizer:
                 continue
             what = self._explain_change(text, ids, again)
             if what is None:
-                _check_same(text, again)
+                raise _loss(text, again)
             if what not in changes:
                 changes[what] = [0, _excerpts(text, again)]
             changes[what][0] += ids.count(self.unknown_id) if what == UNKNOWN else 1
@@ -505,15 +518,9 @@ class PublishedTokenizer:
         """Return what the tokenizer has done to a text on purpose, or None."""
         if self.unknown_id in ids:
             return UNKNOWN if self._has_all(text, decoded) else None
-        before = self.added.split(text)
-        after = self.added.split(decoded)
-        if len(before) != len(after):
-            return None
-        pairs = list(zip(before, after, strict=True))
-        if all(part in (again, again.removeprefix(' ')) for part, again in pairs):
+        if decoded == ' ' + text:
             return SPACE
-        # A normalizer takes both for the same text.
-        if all(self._normalize(part) == self._normalize(again) for part, again in pairs):
+        if self._normalize(decoded) == self._normalize(text):
             return NORMALIZED
         return None
 
@@ -528,6 +535,8 @@ class PublishedTokenizer:
         return True
 
     def _normalize(self, text):
+        """Return the same for texts that differ in what a tokenizer may change."""
+        text = self.beside_added.sub(r'\1', text)
         if self.library.normalizer:
             text = self.library.normalizer.normalize_str(text)
         # Llama 2's writes a space as U+2581, and one more at the beginning.
@@ -560,16 +569,13 @@ def _config_file(bos, eos):
     return json.dumps(config, ensure_ascii=False).encode()
 
 
-
-
-def _check_same(text, decoded):
-    """Raise UserError unless a text came back from its ids as it was."""
-    if decoded != text:
-        before, after = _excerpts(text, decoded)
-        raise UserError(
-            f'The tokenizer would lose text: {before!r} comes back from its ids as {after!r}. '
-            'Clean the text, or use another tokenizer.'
-        )
+def _loss(text, decoded):
+    """Return the error for a text that comes back from its ids as another."""
+    before, after = _excerpts(text, decoded)
+    return UserError(
+        f'The tokenizer would lose text: {before!r} comes back from its ids as {after!r}. '
+        'Clean the text, or use another tokenizer.'
+    )
 
 
 def _excerpts(text, decoded):
@@ -591,36 +597,18 @@ def render_chat(tokenizer, messages):
     messages: [{'role': 'user', 'content': text}, ...]. A template is a program in jinja's sandbox.
     Raises UserError when the model has none, or when it refuses the messages.
     """
-    from jinja2 import nodes  # here, since few need it
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """{% generation %}...{% endgeneration %}, a mark for training, which is no text."""
-
-        tags = {'generation'}  # noqa: RUF012
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(['name:endgeneration'], drop_needle=True)
-            return nodes.Scope(body, lineno=line)
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # here, since few need it
 
     template = find_template(tokenizer)
-    named = json.loads(tokenizer.files.get('special_tokens_map.json', b'{}'))
-    named |= json.loads(tokenizer.files['tokenizer_config.json'])
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
+        trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
     )
     environment.filters['tojson'] = partial(json.dumps, ensure_ascii=False)
     environment.globals.update(raise_exception=_raise_template_error, strftime_now=time.strftime)
-    names = {}
-    for role in ('bos_token', 'eos_token', 'pad_token', 'unk_token'):
-        token = named.get(role) or ''
-        names[role] = token['content'] if isinstance(token, dict) else token
+    # All that transformers gives a template.
+    known = {'tools': None, 'documents': None, 'add_generation_prompt': True, **tokenizer.names}
     try:
-        return environment.from_string(template).render(
-            messages=messages, add_generation_prompt=True, tools=None, documents=None, **names
-        )
+        return environment.from_string(template).render(messages=messages, **known)
     except Exception as error:  # it is a program, which may raise anything
         reason = ' '.join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"The model's chat template cannot be used: {reason}") from None
@@ -648,4 +636,6 @@ def find_template(tokenizer):
         raise UserError('The model has no chat template: use a prompt, without --chat.')
     if not isinstance(template, str):
         raise UserError('The chat template of the model is not a text.')
-    return template
+    # {% generation %} marks what is trained on.
+    template = re.sub(r'({%[-+]?\s*)generation\b', r'\1if true', template)
+    return re.sub(r'({%[-+]?\s*)endgeneration\b', r'\1endif', template)

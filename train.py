@@ -179,7 +179,7 @@ else:
     model = GPT.from_pretrained(folder, block_size, dropout=dropout)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     data.check_vocabulary(tokenizer, model.config.vocab_size, init_from)
-    # All but block_size: a rotary model keeps its whole context, the windows are those asked for.
+    # block_size stays the knob, the length of the windows: a rotary model's own is its context.
     run_config.update({name: getattr(model.config, name) for name in shape if name != 'block_size'})
 
 check_round_trip(model)  # better now than at the first checkpoint
