@@ -482,7 +482,7 @@ def test_a_published_name_is_downloaded_from_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
     model = GPT.from_pretrained('gpt2-large').eval()
     assert torch.equal(model(torch.arange(40)[None]), logits)
-    assert asked == ['openai-community/gpt2-large']
+    assert set(asked) == {'openai-community/gpt2-large'}
 
 
 def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path, monkeypatch):
