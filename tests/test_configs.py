@@ -79,3 +79,15 @@ def test_its_plan_is_what_its_comment_says(run, tmp_path, name):
         larger, smaller = map(int, re.findall(r'\d+', time))
         rounded = f'{round(larger + smaller / 60)}'
         assert stated['time'] in (rounded, f'{larger} h {smaller} min')
+
+
+@pytest.mark.parametrize('name', ['finetune', 'continue_smollm2'])
+def test_published_models_are_trained_without_dropout(sheep, run, name):
+    """Llama's and Qwen's blocks never had any, and learn less with it."""
+    assert run('train.py', '--dataset=sheep', *TINY, '--max_iters=0', '--out_dir=base').code == 0
+    model = '--init_from=base/step_00000000'
+    shape = ['--dataset=sheep', *TINY, '--max_iters=0']
+    result = run('train.py', *config_files(name), model, *shape, '--out_dir=out')
+    assert result.code == 0, result.err
+    knobs = (sheep.parents[1] / 'out' / 'config.py').read_text()
+    assert 'dropout = 0.0\n' in knobs
