@@ -485,7 +485,7 @@ class GPT(nn.Module):
         files = {'config.json': config, 'generation_config.json': generation_config}
         for name, contents in files.items():
             with open(os.path.join(folder, name), 'w', encoding='utf-8') as file:
-                json.dump(contents, file, indent=2)
+                file.write(json.dumps(contents, indent=2) + '\n')
         weights = {name: view.cpu().contiguous() for name, view in hf_tensors(self).items()}
         if self.config.arch == 'gpt2' and not self.config.bias:
             add_zero_biases(weights)
