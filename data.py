@@ -113,11 +113,15 @@ class Dataset:
         is_same = tokenizers.same_vocabulary(tokenizer, self.tokenizer)
         # A tokenizer may have tokens that the model has not, such as one for padding.
         highest = max(self.meta[key].get('highest', 0) for key in ('train', 'val'))
-        if not is_same or highest >= vocab_size:
+        if not is_same:
             name = 'gpt2' if source in PUBLISHED else source
-            what = f'The model {source} has a vocabulary of {vocab_size:,} tokens'
+            what = f'The model {source} has a vocabulary of {tokenizer.n_vocab:,} tokens'
             other = f'{self.folder} another one of {self.vocab_size:,}'
             raise UserError(f'{what}, {other}: prepare the text with --tokenizer={name}')
+        if highest >= vocab_size:
+            token = tokenizer.decode([highest])
+            what = f'{self.folder} has the token {token!r}, which the model {source} lacks'
+            raise UserError(f'{what}: take it out of the text, and prepare it again.')
 
     def fingerprint(self):
         """The checksums of both splits, by which a run recognizes its text when it resumes."""

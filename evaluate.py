@@ -123,6 +123,7 @@ def eval_text():
         tokens = tokenize_texts(texts)
     if len(tokens) < 2:
         raise UserError(f'There is no text to evaluate in {source}.')
+    check_tokens(tokens)
 
     nats, n_targets = evaluate_loss(model, tokens, block_size, batch_size, autocast, stride)
     loss = nats / n_targets
@@ -132,6 +133,14 @@ def eval_text():
         'bits_per_byte': total / math.log(2) / n_bytes,
         'word_perplexity': perplexity(total / max(n_words, 1)), 'words': n_words, 'bytes': n_bytes,
     }  # fmt: skip
+
+
+def check_tokens(ids):
+    """Raise UserError unless the model has all of them: its tokenizer may have more."""
+    highest = int(np.max(ids))
+    if highest >= model.config.vocab_size:
+        token = tokenizer.decode([highest])
+        raise UserError(f'The text has the token {token!r}, which the model lacks: take it out.')
 
 
 def read_texts(paths):
@@ -310,6 +319,7 @@ def make_request(context, continuation):
         if not tokenizer.prefix and end_of_text is None:
             raise UserError('A question has an empty context, and the tokenizer no end-of-text.')
         ids = [*(tokenizer.prefix or [end_of_text]), *ids]
+    check_tokens(ids)
     room = model.config.block_size
     if not 0 < n_continuation <= room:
         sizes = f'has {n_continuation:,} tokens, and the model sees {room:,}'
@@ -327,18 +337,20 @@ def accuracy(name, is_right):
 # -----------------------------------------------------------------------------
 # evaluate
 
+# Files that cannot be read are refused before anything is measured.
+sources = {'hellaswag': hellaswag, 'lambada': lambada, 'questions': questions}
+rows = {task: read_questions(task, source) for task, source in sources.items() if source}
+
 results = {}
 if has_text:
     results['text'] = eval_text()
 if hellaswag:
-    rows = read_questions('hellaswag', hellaswag)
-    results['hellaswag'] = eval_multiple_choice([hellaswag_question(row) for row in rows])
+    asked = [hellaswag_question(row) for row in rows['hellaswag']]
+    results['hellaswag'] = eval_multiple_choice(asked)
 if lambada:
-    rows = read_questions('lambada', lambada)
-    results['lambada'] = eval_lambada([row['text'] for row in rows])
+    results['lambada'] = eval_lambada([row['text'] for row in rows['lambada']])
 if questions:
-    rows = read_questions('questions', questions)
-    asked = [(row['context'], row['choices'], int(row['answer'])) for row in rows]
+    asked = [(row['context'], row['choices'], int(row['answer'])) for row in rows['questions']]
     results['questions'] = eval_multiple_choice(asked)
 
 # -----------------------------------------------------------------------------

@@ -165,6 +165,9 @@ def generate_text(
     used.
     """
     ids = encode_prompt(tokenizer, prompt, model.config.block_size, is_chat)
+    if max(ids) >= model.config.vocab_size:  # a tokenizer may have more tokens than its model
+        token = tokenizer.decode([max(ids)])
+        raise UserError(f'The prompt has the token {token!r}, which the model lacks: leave it out.')
     device = model.wte.weight.device
     prompts = torch.tensor([ids] * num_samples, device=device)
     generator = torch.Generator(device).manual_seed(seed)

@@ -478,10 +478,12 @@ class GPT(nn.Module):
         """
         check_round_trip(self)
         config = to_hf_config(self, special_ids or {})
-        generation_config = self.generation_config
-        if not generation_config:
-            names = [name for name in config if name.endswith('_token_id')]
-            generation_config = {name: config[name] for name in names}
+        generation_config = dict(self.generation_config)
+        # Without an end transformers would not stop, whatever config.json says.
+        for role in ('eos',) if generation_config else ('bos', 'eos', 'pad'):
+            name = f'{role}_token_id'
+            if generation_config.get(name) is None:
+                generation_config[name] = config[name]
         files = {'config.json': config, 'generation_config.json': generation_config}
         for name, contents in files.items():
             with open(os.path.join(folder, name), 'w', encoding='utf-8') as file:
@@ -494,7 +496,8 @@ class GPT(nn.Module):
     def stop_ids(self):
         """The ids of the tokens that end a text, as its published files name them: a set."""
         eos = self.generation_config.get('eos_token_id', self.hf_config.get('eos_token_id'))
-        return set(eos if isinstance(eos, list) else [eos]) - {None}
+        ids = eos if isinstance(eos, list) else [eos]
+        return {id for id in ids if isinstance(id, int)}
 
 
 class SkipInit(TorchDispatchMode):
@@ -934,6 +937,8 @@ def list_weights(folder):
 
 def read_weights(path):
     """{name: tensor} of a file, memory-mapped. Raises UserError for a damaged one."""
+    if not os.path.exists(path):
+        raise UserError(f'{path} is missing, which the index names: get it again.')
     try:
         if path.endswith('.safetensors'):
             return load_file(path)
@@ -965,10 +970,12 @@ def load_weights(model, folder):
                 continue
             if name == 'transformer.wpe.weight':
                 tensor = tensor[: model.config.block_size]
-            if tensor.shape == target.shape:
-                target.copy_(tensor)
-            else:
+            if tensor.shape != target.shape:
                 problems.append(f'{name} is {tuple(tensor.shape)}, not {tuple(target.shape)}')
+            elif not tensor.isfinite().all():
+                problems.append(f'{name} is not finite')
+            else:
+                target.copy_(tensor)
     problems += [f'{name} is missing' for name in missing]
     if problems:
         more = f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''
@@ -991,11 +998,15 @@ def find_pretrained(source, with_weights=True):
     downloaded again. with_weights: else only its configuration and tokenizer are wanted. Raises
     UserError when the model cannot be had.
     """
-    name, _, revision = os.fspath(source).partition('@')
+    name, at, revision = os.fspath(source).partition('@')
     if name in PUBLISHED:
         name = f'openai-community/{name}'
-    elif os.path.isdir(source):
-        return source
+    elif os.path.isdir(os.path.expanduser(source)):
+        return os.path.expanduser(source)
+    if os.path.isfile(source):
+        raise UserError(f'{source} is a file: name the folder that it is in.')
+    if at and not revision:
+        raise UserError(f'{source} has no revision after the @: name one, or leave the @ out.')
     if not re.fullmatch(r'\w[\w.-]*/[\w.-]+', name):
         names = ', '.join(PUBLISHED)
         raise UserError(

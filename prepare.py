@@ -141,8 +141,8 @@ def write_splits(folder, encoded, n_bytes, max_tokens):
     for split in SPLITS:
         stats[split]['sha256'] = digests[split].hexdigest()
     for what, (how_often, (text, decoded)) in changes.items():
-        times = f'{how_often:,} times; first, {text!r} comes back from its ids as {decoded!r}'
-        print(f'Note: the tokenizer {what}, {times}.')
+        print(f'Note: the tokenizer {what}, {how_often:,} times;')
+        print(f'first, {text!r} comes back from its ids as {decoded!r}.')
     return stats
 
 

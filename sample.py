@@ -172,7 +172,9 @@ if not interactive:
     print_samples(prompt)
 while interactive:
     try:
-        print_samples(input('> '))
+        line = input('> ')
+        if line.strip() or not chat:  # an empty line is no message
+            print_samples(line)
     except (UserError, UnicodeDecodeError) as error:  # of this prompt; the next may be better
         print(error)
     except EOFError:  # Ctrl-D

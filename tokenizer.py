@@ -87,8 +87,8 @@ def build(kind, texts=(), vocab_size=None, end_of_text=True):
         return _collect_alphabet(texts, end_of_text)
     if kind == 'byte':
         return OwnTokenizer(ONE_CHARACTER, {bytes([byte]): byte for byte in range(256)})
-    if os.path.isdir(kind):
-        return load(kind)
+    if os.path.isdir(os.path.expanduser(kind)):
+        return load(os.path.expanduser(kind))
     if '/' in kind:
         from model import find_pretrained  # here, since torch takes a second
 
@@ -137,7 +137,7 @@ def load(folder, model_ids=None):
     """
     folder = Path(folder)
     path = folder / 'tokenizer.json'
-    if not path.exists():
+    if not path.is_file():
         raise UserError(f'There is no {path}: a tokenizer cannot be loaded from there.')
     files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
     names = _read_names(folder)
@@ -516,19 +516,19 @@ class PublishedTokenizer:
 
     def _explain_change(self, text, ids, decoded):
         """Return what the tokenizer has done to a text on purpose, or None."""
-        if self.unknown_id in ids:
-            return UNKNOWN if self._has_all(text, decoded) else None
         if decoded == ' ' + text:
             return SPACE
         if self._normalize(decoded) == self._normalize(text):
             return NORMALIZED
+        if self.unknown_id in ids and self._has_all(text, decoded):
+            return UNKNOWN
         return None
 
     def _has_all(self, text, decoded):
         """Tell whether a text has, in order, what is decoded between its unknown characters."""
         rest = self._normalize(text)
         for part in decoded.split(self.library.id_to_token(self.unknown_id)):
-            known = self._normalize(part)
+            known = self._normalize(part).strip()
             if known not in rest:
                 return False
             rest = rest[rest.index(known) + len(known) :]
@@ -623,11 +623,14 @@ def _raise_template_error(message):
 def find_template(tokenizer):
     """Return a tokenizer's chat template, a text. Raises UserError if it has none."""
     files = tokenizer.files
-    if 'chat_template.jinja' in files:
-        template = files['chat_template.jinja'].decode()
-    else:
-        stored = files.get('chat_template.json', files['tokenizer_config.json'])
-        template = json.loads(stored).get('chat_template')
+    try:
+        if 'chat_template.jinja' in files:
+            template = files['chat_template.jinja'].decode()
+        else:
+            stored = files.get('chat_template.json', files['tokenizer_config.json'])
+            template = json.loads(stored).get('chat_template')
+    except (ValueError, AttributeError):
+        raise UserError('The chat template of the model is damaged: get it again.') from None
     if isinstance(template, list):  # several with names
         named = [entry for entry in template if isinstance(entry, dict)]
         found = [entry.get('template') for entry in named if entry.get('name') == 'default']

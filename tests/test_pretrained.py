@@ -257,6 +257,7 @@ def test_a_damaged_shard_is_one_sentence(shards, damage):
     message = f'{path.name} is damaged or incomplete .*: get it again'
     if damage == 'missing':
         path.unlink()
+        message = f'{path.name} is missing, which the index names: get it again'
     elif damage == 'truncated':
         path.write_bytes(path.read_bytes()[:-1000])
     elif damage == 'empty':

@@ -4,6 +4,7 @@ The layouts are small ones of those that models are published with. What is righ
 library says of the same tokenizer.json, and what transformers says of the same folder.
 """
 
+import itertools
 import json
 import random
 import shutil
@@ -492,7 +493,9 @@ def test_a_change_is_noted_once_with_its_count(layouts, run, name):
     Path('x.jsonl').write_text('\n'.join(rows))
     result = run('prepare.py', '--input=x.jsonl', f'--tokenizer={layouts[name]}')
     assert result.code == 0, result.err
-    notes = [line for line in result.out.splitlines() if 'Note: the tokenizer' in line]
+    lines = result.out.splitlines()
+    pairs = itertools.pairwise(lines)  # a note has two lines
+    notes = [f'{a} {b}' for a, b in pairs if 'Note: the tokenizer' in a]
     example = f'first, {before!r} comes back from its ids as {after!r}.'
     assert notes == [f'Note: the tokenizer {what}, {10 * count} times; {example}']
 
