@@ -79,7 +79,7 @@ folder, model, tokenizer = load_model(init_from, out_dir, checkpoint)
 model.to(device).eval()
 end_of_text = tokenizer.end_of_text  # None: the tokenizer has none
 check_range(config, 1, model.config.block_size, 'block_size')
-is_checkpoint = os.path.exists(os.path.join(folder, 'meta.json'))
+is_checkpoint = os.path.exists(os.path.join(folder, 'train_state.pt'))
 run_config = read_meta(Path(folder))['config'] if is_checkpoint else {}
 block_size = block_size or run_config.get('block_size') or model.config.block_size
 # A long context has fewer windows at once, which changes no result.

@@ -1019,6 +1019,7 @@ def find_pretrained(source, with_weights=True):
         raise UserError(f'{name} on the Hugging Face Hub has {files}: choose another repository.')
     if with_weights:
         read_config(folder)  # refuses a model that is not known here before it is downloaded
+        revision = os.path.basename(folder)  # the commit, should a newer one appear meanwhile
         download(name, revision, ['model*.safetensors', 'model.safetensors.index.json'])
         if not glob.glob(f'{glob.escape(folder)}/model*.safetensors'):
             download(name, revision, ['pytorch_model*.bin', 'pytorch_model.bin.index.json'])
@@ -1047,7 +1048,7 @@ def download(name, revision, files):
     except Exception as error:  # whatever the network makes it raise
         reason = (str(error).strip() or '?').splitlines()[0][:200]
         raise UserError(
-            f'{where} could not be downloaded from the Hugging Face Hub, and is no folder here: '
+            f'{name} could not be downloaded from the Hugging Face Hub, and is no folder here: '
             'connect to the internet and try again, or name a folder with the model '
             f'({type(error).__name__}: {reason})'
         ) from None

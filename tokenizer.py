@@ -409,9 +409,9 @@ class PublishedTokenizer:
     kind = 'published'
 
     def __init__(self, contents, files, names, model_ids):
-        self.library = Tokenizer.from_buffer(files['tokenizer.json'])
-        self.library.no_truncation()  # a tokenizer.json may have both, for models that read pairs
-        self.library.no_padding()
+        self.hf = Tokenizer.from_buffer(files['tokenizer.json'])  # Hugging Face's
+        self.hf.no_truncation()  # a tokenizer.json may have both, for models that read pairs
+        self.hf.no_padding()
         ids = self.vocabulary().values()
         self.ids = set(ids)
         if len(self.ids) != len(ids):
@@ -430,26 +430,26 @@ class PublishedTokenizer:
         self.files = dict(files)
         if 'tokenizer_config.json' not in files:
             for role, id in self.special_ids.items():
-                self.names[f'{role}_token'] = self.library.id_to_token(id)
+                self.names[f'{role}_token'] = self.hf.id_to_token(id)
             texts = [self.names.get(role) for role in ('bos_token', 'eos_token')]
             self.files['tokenizer_config.json'] = _config_file(*texts)
 
         # Some added tokens, such as special ones, eat white space beside them or put some there.
-        added = [token.content for token in self.library.get_added_tokens_decoder().values()]
+        added = [token.content for token in self.hf.get_added_tokens_decoder().values()]
         added.sort(key=len, reverse=True)
         any_added = '|'.join(map(re.escape, added)) or '(?!)'
         self.beside_added = re.compile(rf'\s*({any_added})\s*')
 
         # What the library puts before a prompt, such as <s>: all before the ids of a text alone.
         alone = self.encode('a').tolist()
-        as_prompt = self.library.encode('a').ids
+        as_prompt = self.hf.encode('a').ids
         self.prefix = as_prompt[: as_prompt.index(alone[0])] if alone else []
         if not self.ids.issuperset(self.prefix):
             raise UserError('it puts ids before a text that no token has.')
 
     def _id_of(self, token):
         """Return the id of a token by its text, or None."""
-        return self.library.token_to_id(token) if isinstance(token, str) else None
+        return self.hf.token_to_id(token) if isinstance(token, str) else None
 
     def _find_special(self, names, model_ids):
         """{role: id}, by the tokenizer's files, else by the model's, else by well-known names."""
@@ -469,7 +469,7 @@ class PublishedTokenizer:
 
     def vocabulary(self):
         """{token as tokenizer.json writes it: id}, the added ones included."""
-        return self.library.get_vocab()
+        return self.hf.get_vocab()
 
     def encode(self, text):
         """Return the ids of a text, (n,) uint32. Special tokens in it are those tokens.
@@ -483,7 +483,7 @@ class PublishedTokenizer:
         for text in texts:
             _check_surrogates(text)
         with _library_errors():
-            encoded = self.library.encode_batch_fast(texts, add_special_tokens=False)
+            encoded = self.hf.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encoded]
 
     def encode_prompt(self, text):
@@ -492,7 +492,7 @@ class PublishedTokenizer:
 
     def decode(self, ids):
         """Return the text of ids: U+FFFD for what is no character, nothing for what is no id."""
-        return self.library.decode([int(id) for id in ids], skip_special_tokens=False)
+        return self.hf.decode([int(id) for id in ids], skip_special_tokens=False)
 
     def find_changes(self, texts, encoded):
         """Decode the ids of texts again: {what the tokenizer changes: [how often, an example]}.
@@ -501,7 +501,7 @@ class PublishedTokenizer:
         unknown characters. Raises UserError if a text is changed by anything else.
         """
         rows = [ids.tolist() for ids in encoded]
-        decoded = self.library.decode_batch(rows, skip_special_tokens=False)
+        decoded = self.hf.decode_batch(rows, skip_special_tokens=False)
         changes = {}
         for text, ids, again in zip(texts, rows, decoded, strict=True):
             if again == text:
@@ -527,7 +527,7 @@ class PublishedTokenizer:
     def _has_all(self, text, decoded):
         """Tell whether a text has, in order, what is decoded between its unknown characters."""
         rest = self._normalize(text)
-        for part in decoded.split(self.library.id_to_token(self.unknown_id)):
+        for part in decoded.split(self.hf.id_to_token(self.unknown_id)):
             known = self._normalize(part).strip()
             if known not in rest:
                 return False
@@ -537,8 +537,8 @@ class PublishedTokenizer:
     def _normalize(self, text):
         """Return the same for texts that differ in what a tokenizer may change."""
         text = self.beside_added.sub(r'\1', text)
-        if self.library.normalizer:
-            text = self.library.normalizer.normalize_str(text)
+        if self.hf.normalizer:
+            text = self.hf.normalizer.normalize_str(text)
         # Llama 2's writes a space as U+2581, and one more at the beginning.
         return text.replace('\u2581', ' ').strip(' ')
 

@@ -510,6 +510,13 @@ def test_a_run_on_shorter_windows_than_the_context_goes_on(run, tmp_path, datase
     of_folder = evaluate('--init_from=out/step_00000004', '--dataset=sheep')
     assert of_folder == pytest.approx(last, abs=1e-6), 'also by its folder'
 
+    # A weights-only checkpoint does not say which windows its run had.
+    flags = ['--save_weights_interval=2', '--max_iters=2', '--out_dir=again']
+    assert run('train.py', 'out/config.py', *flags).code == 0
+    of_weights = evaluate('--init_from=again/weights_00000002', '--dataset=sheep')
+    whole = evaluate('--out_dir=again', '--block_size=1024')
+    assert of_weights == pytest.approx(whole, abs=1e-6)
+
 
 # -----------------------------------------------------------------------------
 # tokens that end a text
