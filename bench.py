@@ -9,9 +9,13 @@
     python bench.py data                      # reading batches, without a model
 """
 
+import runtime
+from runtime import UserError, pick_device, synchronize
+
+runtime.begin_script()  # first, so that Ctrl-C ends the imports as well: they take seconds
+
 import json
 import math
-import os
 import random
 import statistics
 import subprocess
@@ -27,13 +31,11 @@ import torch
 import torch.nn.functional as F
 
 import report
-import runtime
 import tokenizer
 from configurator import check_range, configure
 from data import count_windows, get_batch, training_order
 from inference import fast_cpu_decode, to_column_major
 from model import GPT, PUBLISHED, GPTConfig
-from runtime import UserError, pick_device, synchronize
 
 # -----------------------------------------------------------------------------
 size: Literal['gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'] = 'gpt2'  # of the model
@@ -75,7 +77,7 @@ def print_machine(device):
 
 def run_python(name, *args):
     """Run a script in a process of its own and return what it printed. name: for an error."""
-    result = subprocess.run([sys.executable, *args], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, *args], capture_output=True, errors='replace')
     if result.returncode != 0:
         errors = result.stderr.strip().splitlines() or ['killed']
         raise UserError(f'{name} failed: {errors[-1]}')
@@ -308,8 +310,7 @@ def to_transformers(model):
 
 def bench_prepare():
     """Measure the MB/s of prepare.py, and its memory, beside those of tiktoken alone."""
-    count_cores = getattr(os, 'process_cpu_count', os.cpu_count)  # Python 3.13 has the former
-    cores = count_cores()
+    cores = runtime.count_cores()
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, 'text.txt')
@@ -425,6 +426,7 @@ if not _args or _args[0] not in BENCHMARKS:
 
 configure(globals(), _args[1:])
 check_range(globals(), 1, 10**6, 'repeats prompt_tokens batch_size block_size corpus_mb')
+runtime.raise_on_signals()  # so that temporary files are removed
 figures = BENCHMARKS[_args[0]]()
 if json_file:
     Path(json_file).write_text(json.dumps(figures, indent=1) + '\n')

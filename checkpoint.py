@@ -30,14 +30,7 @@ from safetensors import SafetensorError
 
 import tokenizer as tokenizers
 from model import GPTConfig, read_config
-from runtime import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-_locks = []  # open files: closing one would give its lock up
+from runtime import UserError, lock_file
 
 
 @dataclass
@@ -172,13 +165,7 @@ def lock_folder(out_dir):
         why = error.strerror
         raise UserError(f'out_dir={out_dir} cannot be made ({why}): choose another one.') from None
 
-    if fcntl is not None:
-        lock = open(out_dir / '.lock', 'w')  # noqa: SIM115
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f'Another run writes to {out_dir}: wait, or use another one.') from None
-        _locks.append(lock)
+    lock_file(out_dir / '.lock', f'Another run writes to {out_dir}: wait, or use another one.')
 
     for replaced in out_dir.glob('.[sw]*_*.old'):
         path = replaced.with_name(replaced.name.removeprefix('.').removesuffix('.old'))
@@ -223,6 +210,8 @@ def find(out_dir, which, training=False):
     """
     found = checkpoints(out_dir)
     if not found:
+        if os.path.exists(os.path.join(out_dir, 'config.json')):
+            raise UserError(f'{out_dir} is a model, not a run: use --init_from={out_dir}')
         how = f'python train.py --out_dir={out_dir}'
         raise UserError(f'{out_dir} has no checkpoint. Train one with: {how}')
     if which == 'best':
@@ -264,7 +253,7 @@ def quarantine_after(path):
 
 
 def load_run(out_dir, config, data):
-    """Load the last checkpoint of a run, to resume it with these knobs and this Dataset.
+    """Load the last checkpoint of a run, to resume it with these knobs and this Mixture.
 
     Raises UserError where they are for another model, optimizer or text than the checkpoint's.
     """
@@ -275,7 +264,13 @@ def load_run(out_dir, config, data):
     optimizer = knobs.get('optimizer')
     if optimizer != config['optimizer']:
         raise UserError(f"{path} was trained with optimizer='{optimizer}': resume it with this.")
-    if meta['data'] != data.fingerprint():
+    # Another text, or other weights of a mixture: a position would mean another window.
+    is_same_text = meta['data'] == data.fingerprint()
+    dataset = knobs.get('dataset')
+    if not is_same_text and dataset != config.get('dataset'):
+        what = f"{path} was trained with dataset='{dataset}': resume it with this"
+        raise UserError(f'{what}, or start a new run from its weights with --init_from={path}')
+    if not is_same_text:
         how = 'prepare the same text again, or start a new run'
         raise UserError(f'{data.folder} has changed since {path} was saved: {how}.')
 

@@ -15,11 +15,11 @@ file's own scratch variables. Whatever is wrong ends the script with one sentenc
 import ast
 import contextlib
 import difflib
-import os
 import re
 import sys
 import traceback
 import types
+from pathlib import Path
 from typing import Literal, NamedTuple, Union, get_args, get_origin
 
 from runtime import UserError, explain_error
@@ -31,6 +31,17 @@ NANOGPT_ONLY = {
     'wandb_project': 'runs are in the project flatgpt, or WANDB_PROJECT',
     'wandb_run_name': 'a run is named as its out_dir',
 }
+# What other tools call a knob, where that is not much like it: {what is meant: their names}.
+OTHER_NAMES = {
+    'start': 'prompt', 'sample_prompt': 'prompt', 'max_new_tokens': 'max_length length',
+    'init_from': 'model model_name checkpoint ckpt', 'init_from=resume': 'resume continue',
+    'out_dir': 'output save_dir', 'input': 'data file path', 'dataset': 'data data_dir',
+    'max_iters': 'steps max_steps num_steps', 'max_iters, in steps': 'epochs num_epochs max_epochs',
+    'block_size': 'context context_length seq_len max_seq_len max_length', 'batch_size': 'bs',
+    'learning_rate': 'lr', 'n_layer': 'depth', 'n_embd': 'dim width', 'eval_interval': 'save_every',
+}  # fmt: skip
+# They are no config files, whatever they hold.
+OTHER_FORMATS = '.txt .md .json .jsonl .csv .parquet .yaml .yml .toml .ini .cfg .ipynb'
 
 
 class Accepted(NamedTuple):
@@ -61,16 +72,16 @@ def configure(script, args=None):
         if arg.startswith('--'):
             given = _read_flag(arg, knobs, accepted)
         else:
-            given = _run_config_file(arg, knobs)
+            given = _run_config_file(arg, knobs, accepted)
         source = arg.partition('=')[0]
         for name, value in given.items():
             if name in NANOGPT_ONLY:
                 print(f'{source}: {name} is not needed: {NANOGPT_ONLY[name]}.')
                 continue
             if name not in knobs:
-                nearest = difflib.get_close_matches(name, knobs, n=1)
-                hint = f'Did you mean {nearest[0]}?' if nearest else '--help lists them all.'
-                raise UserError(f'{source}: there is no knob named {name}. {hint}')
+                hint = _what_is_meant(name, knobs)
+                own = '' if arg.startswith('--') else f' If it is not to be one, name it _{name}.'
+                raise UserError(f'{source}: there is no knob named {name}. {hint}{own}')
             knobs[name] = _checked(source, name, value, accepted[name])
     script.update(knobs)
     return knobs
@@ -127,10 +138,13 @@ def _parse(text, accepted):
 
 def _checked(source, name, value, accepted):
     """Return a knob's new value, an int as float where the knob takes float. Raises UserError."""
+    if getattr(value, 'shape', None) == ():  # a number of numpy, or of torch
+        value = value.item()
     if type(value) is int and float in accepted.kinds:
         with contextlib.suppress(OverflowError):
             value = float(value)
-    if type(value) in accepted.kinds or value in accepted.choices:
+    is_choice = type(value) in map(type, accepted.choices) and value in accepted.choices
+    if type(value) in accepted.kinds or is_choice:
         return value
     if accepted.choices:
         raise UserError(f'{source}: {name}={value!r} must be one of: {_choices(accepted)}.')
@@ -154,24 +168,43 @@ def _read_flag(arg, knobs, accepted):
     raise UserError(f'--{name} needs a value: --{name}={knobs[name]}')
 
 
-def _run_config_file(path, knobs):
+def _what_is_meant(name, knobs):
+    """Return a hint at the knob that was meant by a name that is none."""
+    meant = [knob for knob, names in OTHER_NAMES.items() if name.replace('-', '_') in names.split()]
+    meant = [knob for knob in meant if re.split('[=,]', knob)[0] in knobs]
+    meant += difflib.get_close_matches(name, knobs, n=1)
+    return f'Did you mean {meant[0]}?' if meant else '--help lists them all.'
+
+
+def _refuse_yaml(path, source, knobs, accepted):
+    """Raise UserError for `batch_size: 4`: in Python it is an annotation, which sets nothing."""
+    source = re.sub(r'(?s)(\'\'\'|""").*?\1', '', source)  # a docstring may speak of knobs
+    for name, text in re.findall(r'(?m)^(\w+) *: *["\']?([^=#\n]+?)["\']? *(?:#.*)?$', source):
+        if name in knobs:
+            value = knobs[name]  # where it is `name: int`
+            with contextlib.suppress(UserError):
+                value = _checked(path, name, _parse(text, accepted[name]), accepted[name])
+            raise UserError(f'{path}: {name}: {text} is not Python: write {name} = {value!r}.')
+
+
+def _run_config_file(path, knobs, accepted):
     """Return {name: value} of what a config file sets. It sees the knobs as they are so far."""
-    if path.endswith(('.txt', '.md', '.json', '.jsonl', '.csv', '.parquet')):
-        raise UserError(f'{path} is not a config file: flags are written --name=value.')
+    if path.lower().endswith(tuple(OTHER_FORMATS.split())):
+        example = 'Config files are Python: batch_size = 4.'
+        raise UserError(f'{path} is not a config file: flags are written --name=value. {example}')
     try:
-        with open(path, encoding='utf-8') as file:
-            source = file.read()
+        source = Path(path).read_text(encoding='utf-8-sig')  # Notepad writes a byte order mark
     except FileNotFoundError:
         raise UserError(f'There is no config file {path}: flags are --name=value.') from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'The config file {path} cannot be read: {error}') from None
+        raise UserError(f'The config file {path} cannot be read as UTF-8 text: {error}') from None
 
+    _refuse_yaml(path, source, knobs, accepted)
     variables = {**knobs, '__file__': path, '__name__': 'config'}
     try:
         exec(compile(source, path, 'exec'), variables)
-    except Exception as error:  # whatever the user's code raises
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == path]
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         line = lines[-1] if lines else getattr(error, 'lineno', '?')  # a SyntaxError has no frame
         message = getattr(error, 'msg', error)
         raise UserError(f'{path}, line {line}: {type(error).__name__}: {message}') from None
@@ -206,5 +239,5 @@ def _print_help(script, knobs, accepted):
                 print(f'  --{name}={knobs[name]!r}'.ljust(38) + text)
             elif heading and left:
                 print(f'\n{heading[1]}')
-    script_name = os.path.basename(script['__file__'])
+    script_name = Path(script['__file__']).name
     print(f'\nConfig files are Python: python {script_name} config/NAME.py --knob=value')

@@ -1,258 +1,32 @@
-"""Documents from anywhere: read, divided into training and validation, and tokenized.
+"""Documents on their way to tokens: divided into training and validation, and tokenized.
 
-Text files, tables (.jsonl, .json, .csv, .parquet) and corpora of the Hugging Face Hub are all read
-as a stream of pieces, (text, ends): some text, and whether its document ends there. A long document
-is cut only where no tokenizer joins two characters, so the tokens of the pieces, one after the
-other, are those of the document. No corpus is ever held in memory as a whole.
+They come as pieces, (text, ends), see sources.py. A corpus is read up to three times: to measure
+it, to learn a vocabulary from it, and to tokenize it; it is never held in memory as a whole.
 """
 
-import bz2
-import codecs
 import collections
-import glob
-import gzip
-import logging
-import lzma
 import random
 import re
 import threading
 from array import array
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from runtime import UserError
+from sources import PIECE, read_part
 from tokenizer import END_OF_TEXT
 
-TABLES = {'.jsonl': 'json', '.json': 'json', '.csv': 'csv', '.parquet': 'parquet'}
-COMPRESSED = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open}
-WIKITEXT = 'Salesforce/wikitext'
-VALIDATION_SPLITS = ('validation', 'valid', 'val', 'dev')  # as corpora of the Hub call theirs
-
-PIECE = 2**20  # characters; a longer text is read and tokenized in pieces
 AROUND_CUT = 500  # characters on each side of a cut that tell whether a tokenizer joins them
 SAMPLE = 10**8  # characters that a bpe vocabulary is learned from, taken from all training text
 # A survey that has seen this much knows that the corpus is a large one, and may stop.
 SURVEY_DOCUMENTS = 10**4
 SURVEY_BYTES = 10**8
 
-# A line that is END_OF_TEXT and nothing else. Its beginning is checked last, by looking back over
-# it: a pattern that begins with a fixed text is searched for much faster.
-_END = re.escape(END_OF_TEXT)
-SEPARATOR = re.compile(rf'{_END}(?<![^\n]{_END})[ \t]*\r?\n')
-LAST_SEPARATOR = re.compile(rf'{SEPARATOR.pattern}?\Z')  # a file's last line may have no line end
-
-# Up to the last place where no tokenizer here joins what is before and what is after: between two
-# words, before the one space or after the one line end that stands there.
-CUT = re.compile(r'(?s:.*)(?:\S(?= \S)|\S\n(?=\S))')
-# WikiText's ` = Title = ` of an article; ` = = Section = = ` is not one.
-HEADING = re.compile(r' = (?!=)[^\n]*(?<!=) = \n?')
-
-
-# -----------------------------------------------------------------------------
-# files
-
-
-def kind_of(path):
-    """Return (suffix, compression): ('.txt', '.gz') for a.txt.gz, ('.txt', '') for a.txt."""
-    suffix = path.suffix.lower()
-    if suffix in COMPRESSED:
-        return Path(path.stem).suffix.lower(), suffix
-    return suffix, ''
-
-
-def find_files(paths):
-    """List the files that a comma-separated list of files and folders names, each file once.
-
-    Raises UserError for a name without a file, and for a pipe.
-    """
-    files = []
-    for name in paths.split(','):
-        if not name:
-            raise UserError(f"input='{paths}' has an empty name: separate names by single commas.")
-        path = Path(name)
-        if path.is_dir():
-            files += find_in_folder(path)
-        elif path.is_file():
-            files.append(path)
-        elif path.exists():
-            raise UserError(f'{path} is not a regular file but is read twice: save it to a file.')
-        else:
-            hint = ': commas separate names.' if ',' in paths else '.'
-            raise UserError(f'There is no file {path}{hint}')
-
-    # A file may be named twice, or reached through a link as well.
-    return list({file.resolve(): file for file in files}.values())
-
-
-def find_in_folder(folder):
-    """List the texts and tables in a folder and below it, except hidden ones."""
-    known = ('.txt', '.md', *TABLES)
-    files = []
-    for file in sorted(folder.rglob('*')):
-        hidden = any(name.startswith('.') for name in file.relative_to(folder).parts)
-        if not hidden and kind_of(file)[0] in known and file.is_file():
-            files.append(file)
-    if not files:
-        raise UserError(f'The folder {folder} has no file that ends in {", ".join(known)}.')
-    return files
-
-
-def read_files(files, column):
-    """Read texts and tables one after the other, except documents that are only white space."""
-    inside = False  # a document whose beginning has been read
-    for file in files:
-        pieces = read_table(file, column) if kind_of(file)[0] in TABLES else read_text(file)
-        for text, ends in explain_errors(pieces, file):
-            if inside or not ends or text.strip():
-                yield text, ends
-                inside = not ends
-
-
-def read_text(path):
-    """Read a text file, a block at a time; lines of END_OF_TEXT divide it into documents.
-
-    Raises UserError where it is not UTF-8.
-    """
-    open_file = COMPRESSED.get(kind_of(path)[1], open)
-    decoder = codecs.getincrementaldecoder('utf-8')()
-    rest = ''  # decoded, but not yielded yet
-    with open_file(path, 'rb') as file:
-        try:
-            # A rest with no place to cut it is searched again with every block. Blocks that grow
-            # with it keep the time for one endless line linear.
-            while block := file.read(max(PIECE, len(rest))):
-                rest += decoder.decode(block)
-                *complete, rest = SEPARATOR.split(rest)
-                for text in complete:
-                    yield text, True
-
-                if len(rest) > PIECE and (cut := CUT.match(rest)):
-                    yield rest[: cut.end()], False
-                    rest = rest[cut.end() :]
-            decoder.decode(b'', final=True)  # the last character may have bytes missing
-        except UnicodeDecodeError as error:
-            # error.object is the block, after what was left undecoded of the one before it.
-            at = file.tell() - len(error.object) + error.start
-            raise UserError(f'{path} is not UTF-8 text: byte {at:,} cannot be decoded.') from None
-    yield LAST_SEPARATOR.sub('', rest), True
-
-
-def explain_errors(pieces, where):
-    """Yield the pieces of a file or corpus. Raises UserError for whatever its reader raises."""
-    try:
-        yield from pieces
-    except UserError:
-        raise
-    except Exception as error:  # the readers raise all kinds
-        raise UserError(f'{where} cannot be read: {brief(error)}') from None
-
-
-def brief(error):
-    """Shorten an error of some library to its kind and its first line."""
-    message = str(error).strip() or '?'
-    return f'{type(error).__name__}: {message.splitlines()[0][:200]}'
-
-
-# -----------------------------------------------------------------------------
-# tables, and corpora of the Hub
-
-
-def read_table(path, column):
-    """Read a table's column of texts, each a document."""
-    from datasets import load_dataset  # takes a second to import
-
-    # datasets logs errors as well as raising them; ours is one sentence.
-    logging.getLogger('datasets').setLevel(logging.CRITICAL)
-    suffix = kind_of(path)[0]
-    options = {}
-    if suffix == '.csv':
-        # Else pandas takes the text NA for a missing one, and 12 for a number.
-        options = {'keep_default_na': False, 'converters': {column: str}}
-    options['data_files'] = glob.escape(str(path))  # a name may have brackets in it
-    # All rows of a file are what datasets calls its split 'train'.
-    rows = load_dataset(TABLES[suffix], split='train', streaming=True, **options)
-    try:
-        yield from read_rows(rows, path, column)
-    except Exception as error:
-        if suffix != '.parquet' and not isinstance(error, UserError):
-            # Read as a text, a damaged file says so, and one that is not UTF-8 says at which byte.
-            for _ in read_text(path):
-                pass
-        raise
-
-
-def read_rows(rows, where, column, blank=None):
-    """Read one column of a table of `datasets`, each of its texts a document.
-
-    Those of white space are left out, unless there is a `blank` to stand for the empty ones. Raises
-    UserError when the column is not there or holds something else.
-    """
-    for batch in rows.iter(1000):
-        if column not in batch:
-            columns = ', '.join(batch)
-            raise UserError(f"{where} has no column '{column}' but {columns}: use --text_column.")
-        for text in batch[column]:
-            if not isinstance(text, str | None):
-                kind = type(text).__name__
-                raise UserError(f"The column '{column}' of {where} holds {kind}, not text.")
-            if blank or (text and text.strip()):
-                yield text or blank, True
-
-
-def join_articles(rows, column):
-    """Read WikiText, which has a line per row, as articles, each a document.
-
-    An article begins at a ` = Title = ` that follows a blank line.
-    """
-    article = []
-    for line, _ in read_rows(rows, WIKITEXT, column, blank='\n'):
-        after_blank_line = not article or not article[-1].strip()
-        if after_blank_line and HEADING.fullmatch(line):
-            text = ''.join(article)
-            if text.strip():
-                yield text, True
-            article = []
-        article.append(line)
-    yield ''.join(article), True
-
-
-def open_hub(repository, configuration, split, column, streaming):
-    """Open a corpus of the Hub: {'train': a function that reads it}, and its size in bytes.
-
-    There is a 'val' as well if the corpus has a split for validation. The size is that of all
-    columns of the training split, None when streaming. Raises UserError if the corpus cannot be
-    had.
-    """
-    import datasets
-
-    load = partial(datasets.load_dataset, repository, configuration, streaming=streaming)
-    # It logs errors as well as raising them; ours is one sentence.
-    logging.getLogger('huggingface_hub').setLevel(logging.CRITICAL)
-    try:
-        published = datasets.get_dataset_split_names(repository, configuration)
-        validation = [name for name in VALIDATION_SPLITS if name in published and name != split]
-        tables = {'train': load(split=split)}
-        if validation:
-            tables['val'] = load(split=validation[0])
-    except Exception as error:  # the Hub's client and the readers raise all kinds
-        raise UserError(
-            f'{repository} cannot be loaded from the Hugging Face Hub ({brief(error)}). Check its '
-            'name, --subset, --split and the connection; a folder of that name is used instead.'
-        ) from None
-
-    size = None if streaming else tables['train'].data.nbytes
-    readers = {key: partial(read_hub, table, repository, column) for key, table in tables.items()}
-    return readers, size
-
-
-def read_hub(rows, repository, column):
-    """Read one split of a corpus of the Hub."""
-    if repository == WIKITEXT:
-        return explain_errors(join_articles(rows, column), repository)
-    return explain_errors(read_rows(rows, repository, column), repository)
+# Bytes of UTF-8 that are no control characters, and the control characters of two bytes.
+NO_CONTROLS = bytes([9, 10, 13, *range(32, 127), *range(128, 256)])
+CONTROLS_OF_TWO = re.compile(rb'\xc2[\x80-\x9f]')
 
 
 # -----------------------------------------------------------------------------
@@ -264,22 +38,30 @@ def utf8_size(text):
     return len(text.encode(errors='surrogatepass'))
 
 
-def survey(pieces, to_the_end):
-    """Measure a corpus: the characters of each document, its UTF-8 bytes, and whether that was all.
+def survey(parts, column, to_the_end):
+    """Measure parts: the characters of their documents, UTF-8 bytes, and whether that was all.
 
-    Unless it goes to the end, the survey stops once the corpus is known to be a large one.
+    Returns a list of lengths for each part that has been read. Unless it goes to the end, the
+    survey stops once the corpus is known to be a large one.
     """
-    lengths = array('q')
+    lengths = []
+    n_documents = 0
     size = 0
-    length = 0  # of the document so far
-    for text, ends in pieces:
-        size += utf8_size(text)
-        length += len(text)
-        if ends:
-            lengths.append(length)
-            length = 0
-            if not to_the_end and len(lengths) >= SURVEY_DOCUMENTS and size >= SURVEY_BYTES:
-                return lengths, size, False
+    for part in parts:
+        lengths.append(array('q'))
+        length = 0  # of the document so far
+        for text, ends in read_part(part, column):
+            if text is None:
+                continue
+            size += utf8_size(text)
+            length += len(text)
+            if ends:
+                lengths[-1].append(length)
+                n_documents += 1
+                length = 0
+                is_large = n_documents >= SURVEY_DOCUMENTS and size >= SURVEY_BYTES
+                if is_large and not to_the_end:
+                    return lengths, size, False
     return lengths, size, True
 
 
@@ -298,24 +80,41 @@ def sample_texts(texts, total, seed):
             return
 
 
-def divide(pieces, lengths, fraction, seed):
-    """Yield (split, text, ends) of pieces: the split is 'train' or 'val'.
+class Division(NamedTuple):
+    """What belongs to validation: of a single text its end, else the documents of a low draw."""
 
-    A single text is cut, its last part is 'val'. Of several documents each belongs to one split as
-    a whole. lengths: those of all documents, or None where they are not known.
+    n_train: int | None  # the characters of a single text that are for training
+    bound: float  # of the draws, from 0 to 1
+    seed: int
+
+
+def choose_division(lengths, fraction, seed):
+    """Choose the division that brings validation nearest to a fraction of the text.
+
+    lengths: of the documents of each part, or None if they are not known: of a corpus too large to
+    be read beforehand, this fraction of the draws is near enough.
     """
-    if lengths is not None and len(lengths) == 1:
-        return cut_text(pieces, int(lengths[0] * (1 - fraction)))
-
-    # Of a corpus too large to be read beforehand, this fraction of the draws is near enough.
+    if lengths is not None and sum(map(len, lengths)) == 1:
+        (length,) = (length for part in lengths for length in part)
+        return Division(int(length * (1 - fraction)), 0.0, seed)
     if lengths is None or not fraction:
-        return draw_documents(pieces, fraction, seed)
-    return draw_documents(pieces, nearest_bound(lengths, fraction, seed), seed)
+        return Division(None, fraction, seed)
+    return Division(None, nearest_bound(lengths, fraction, seed), seed)
+
+
+def divide(pieces, division, part_number):
+    """Yield (split, text, ends) of the pieces of a part: the split is 'train', 'val' or 'blank'."""
+    if division.n_train is not None:
+        return cut_text(pieces, division.n_train)
+    return draw_documents(pieces, division.bound, division.seed + part_number)
 
 
 def cut_text(pieces, n_train):
     """Divide a single text: its first n_train characters are 'train', the others are 'val'."""
     for text, ends in pieces:
+        if text is None:
+            yield 'blank', '', True
+            continue
         if text[:n_train]:
             yield 'train', text[:n_train], n_train <= len(text)
         if text[n_train:]:
@@ -328,6 +127,9 @@ def draw_documents(pieces, bound, seed):
     rng = random.Random(seed)
     draw = rng.random()
     for text, ends in pieces:
+        if text is None:
+            yield 'blank', '', True
+            continue
         split = 'val' if draw < bound else 'train'
         yield split, text, ends
         if ends:
@@ -339,8 +141,11 @@ def nearest_bound(lengths, fraction, seed):
 
     At least one document is on each side of it.
     """
-    rng = random.Random(seed)
-    draws = sorted((rng.random(), length) for length in lengths)
+    draws = []
+    for part_number, of_part in enumerate(lengths):
+        rng = random.Random(seed + part_number)
+        draws += [(rng.random(), length) for length in of_part]
+    draws.sort()
     # val_lengths[i]: the characters of 'val' if it has the documents up to i.
     val_lengths = np.cumsum([length for _, length in draws])
     distances = np.abs(val_lengths - fraction * val_lengths[-1])
@@ -353,20 +158,28 @@ def nearest_bound(lengths, fraction, seed):
 
 
 def in_batches(divided):
-    """Yield (split, [(text, ends), ...]) of about PIECE characters, to be tokenized at once.
+    """Yield (split, [(text, ends), ...], n_blank): about PIECE bytes, to be tokenized at once.
 
-    Those of 'val' go first.
+    Those of 'val' go first. n_blank: the blank texts that came with them and are left out.
     """
     batches = {'val': [], 'train': []}
+    n_blank = 0
     size = 0
     for split, text, ends in divided:
-        batches[split].append((text, ends))
-        size += len(text) + 100  # also many empty documents fill a batch
+        bytes_each = 1 if text.isascii() else 3  # or two, or four: nearly is enough
+        size += len(text) * bytes_each + 100  # also many empty documents fill a batch
+        if split == 'blank':
+            n_blank += 1
+        else:
+            batches[split].append((text, ends))
         if size >= PIECE:
-            yield from batches.items()
+            yield 'val', batches['val'], n_blank
+            yield 'train', batches['train'], 0
             batches = {'val': [], 'train': []}
+            n_blank = 0
             size = 0
-    yield from batches.items()
+    yield 'val', batches['val'], n_blank
+    yield 'train', batches['train'], 0
 
 
 def join_pieces(divided, tokenizer):
@@ -381,6 +194,9 @@ def join_pieces(divided, tokenizer):
         return
     parts = []
     for split, text, ends in divided:
+        if split == 'blank':  # it is between two documents
+            yield split, text, ends
+            continue
         if parts and is_cut(parts[-1][-AROUND_CUT:], text[:AROUND_CUT], tokenizer):
             yield split, ''.join(parts), False
             parts = []
@@ -454,8 +270,19 @@ def encode_one_by_one(texts, ends, tokenizer, end_of_text):
     return np.insert(ids, n_tokens.cumsum()[ends == 1], end_of_text), n_tokens + ends
 
 
+def count_oddities(texts):
+    """Count what may be wrong with texts: control characters, U+FFFD, and END_OF_TEXT in a line."""
+    data = ''.join(texts).encode(errors='replace')
+    n_controls = len(data.translate(None, NO_CONTROLS)) + len(CONTROLS_OF_TWO.findall(data))
+    return {
+        'controls': n_controls,
+        'replaced': data.count('\ufffd'.encode()),
+        'end_of_text': data.count(END_OF_TEXT.encode()),
+    }
+
+
 def encode_all(batches, tokenizer, end_of_text, dtype, n_threads=1):
-    """Turn (split, pieces) into (split, *encode_pieces(pieces)), in order, by several threads.
+    """Turn (key, pieces) into (key, oddities, *encode_pieces(pieces)), in order, in threads.
 
     Threads are enough, since tiktoken and tokenizers release the GIL. No more batches are taken
     ahead than keep all threads busy.
@@ -466,13 +293,14 @@ def encode_all(batches, tokenizer, end_of_text, dtype, n_threads=1):
     def start_thread():
         thread.tokenizer = tokenizer.copy()
 
-    def encode_batch(split, pieces):
-        return split, *encode_pieces(pieces, thread.tokenizer, end_of_text, dtype)
+    def encode_batch(key, pieces):
+        oddities = count_oddities([text for text, _ in pieces])
+        return key, oddities, *encode_pieces(pieces, thread.tokenizer, end_of_text, dtype)
 
     pool = ThreadPoolExecutor(n_threads, initializer=start_thread)
     try:
-        for split, pieces in batches:
-            pending.append(pool.submit(encode_batch, split, pieces))
+        for key, pieces in batches:
+            pending.append(pool.submit(encode_batch, key, pieces))
             if len(pending) > 3 * n_threads:
                 yield pending.popleft().result()
         while pending:

@@ -13,6 +13,10 @@ target, so it has at least block_size - stride tokens before it. Multiple choice
 log-likelihood, raw (`acc`) and per character (`acc_norm`).
 """
 
+from runtime import UserError, begin_script, make_autocast, pick_device, pick_dtype
+
+begin_script()  # first, so that Ctrl-C ends the imports as well: they take seconds
+
 import glob
 import itertools
 import json
@@ -27,11 +31,11 @@ import numpy as np
 
 import documents
 import parallel
+import sources
 from checkpoint import read_meta
 from configurator import check_range, configure
-from data import Dataset
+from data import Dataset, parse_mixture
 from inference import evaluate_loss, load_model, log_likelihoods, perplexity
-from runtime import UserError, begin_script, make_autocast, pick_device, pick_dtype
 
 # -----------------------------------------------------------------------------
 # model
@@ -57,7 +61,6 @@ device = 'auto'  # 'cuda', 'mps', 'cpu'; 'auto' takes the first there is
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # 'auto': 16-bit on CUDA only
 format: Literal['text', 'json'] = 'text'  # a table, or one object
 # -----------------------------------------------------------------------------
-begin_script()
 config = configure(globals())
 
 check_range(config, 1, 10**9, 'batch_size block_size limit')
@@ -111,6 +114,7 @@ def eval_text():
         data = open_dataset()
         source = f'{data.folder}, {split}'
         tokens = data.val if split == 'val' else data.train
+        tokens = tokens[:]  # in one piece, where it is in several files
         texts = decode_texts(tokens)
         n_bytes = data.meta[split]['bytes']
 
@@ -147,8 +151,12 @@ def read_texts(paths):
     """Read files into one string per document."""
     texts = []
     text = ''
-    for piece, ends in documents.read_files(documents.find_files(paths), text_column):
-        text += piece
+    files = sources.find_files(paths)
+    pieces = itertools.chain.from_iterable(sources.read_part([f], text_column) for f in files)
+    for piece, ends in pieces:
+        text += piece or ''  # None: a blank text
+        if not text:
+            continue
         if ends:
             texts.append(text)
             text = ''
@@ -160,6 +168,9 @@ def open_dataset():
     name = dataset or run_config.get('dataset')
     if name is None:
         raise UserError('Say what to evaluate it on: --dataset=NAME, --input=FILE, --hellaswag=hub')
+    (name, *others), _ = parse_mixture(name)
+    if others:
+        raise UserError(f'Only one dataset can be evaluated at a time, as with --dataset={name}')
     data = Dataset(name)
     data.check_vocabulary(tokenizer, model.config.vocab_size, folder)
     return data
@@ -223,12 +234,12 @@ def load_rows(task, source):
     if source == 'hub' and task in HUB:
         where = HUB[task]
     else:
-        files = documents.find_files(source)
+        files = sources.find_files(source)
         if len(files) != 1:
             raise UserError(f'{task}={source} cannot be read: it must be one file.')
-        suffix, _ = documents.kind_of(files[0])
-        kind = documents.TABLES.get(suffix, 'json')
-        name = glob.escape(str(files[0]))
+        suffix, _ = sources.kind_of(files[0].name)
+        kind = suffix.removeprefix('.') if suffix in ('.csv', '.parquet') else 'json'
+        name = glob.escape(files[0].name)
         # 'train' is what datasets calls all rows of a file.
         where = {'path': kind, 'data_files': name, 'split': 'train', 'streaming': True}
     try:
@@ -236,7 +247,7 @@ def load_rows(task, source):
     except StopIteration:  # an empty file
         return []
     except Exception as error:  # the Hub's client and the readers have many
-        raise UserError(f'{task}={source} cannot be read: {documents.brief(error)}') from None
+        raise UserError(f'{task}={source} cannot be read: {sources.brief(error)}') from None
 
 
 def check_row(task, row, where):
@@ -338,8 +349,8 @@ def accuracy(name, is_right):
 # evaluate
 
 # Files that cannot be read are refused before anything is measured.
-sources = {'hellaswag': hellaswag, 'lambada': lambada, 'questions': questions}
-rows = {task: read_questions(task, source) for task, source in sources.items() if source}
+asked = {'hellaswag': hellaswag, 'lambada': lambada, 'questions': questions}
+rows = {task: read_questions(task, source) for task, source in asked.items() if source}
 
 results = {}
 if has_text:

@@ -544,12 +544,14 @@ def sample_next(
         logits = torch.where(seen, penalized, logits)
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
 
     ids = None  # of the candidates, where these are not simply all tokens
     if top_k is not None or top_p is not None:
         V = logits.shape[-1]
-        logits, ids = logits.topk(min(top_k or V, V))  # the most likely first
+        logits, ids = logits.topk(min(top_k or V, V))  # the most likely first, at any temperature
+    # The largest becomes 0 and stays it: a tiny temperature would make it infinite. And 1e-30, as
+    # well as its inverse, is still a float32.
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
     probabilities = logits.softmax(-1)
     if top_p is not None:
         mass_before = probabilities.cumsum(-1) - probabilities  # of those more likely

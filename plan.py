@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from data import Dataset, list_folder
+from data import Mixture, dataset_folder, list_folder, parse_mixture
 from model import GPT, PUBLISHED, GPTConfig, find_pretrained, read_config
 from optim import freeze, make_optimizers
 from parallel import check_division
@@ -154,9 +154,15 @@ def print_plan(config):
     if config['plan_gpu'] not in GPUS:
         raise UserError(f"plan_gpu='{config['plan_gpu']}' must be one of: {', '.join(GPUS)}.")
 
-    is_prepared = {'train.bin', 'val.bin'} <= list_folder(f'data/{config["dataset"]}')
-    data = Dataset(config['dataset']) if is_prepared else None
-    vocab_size = data.vocab_size if data else GPTConfig.vocab_size
+    names, _ = parse_mixture(config['dataset'])
+    folders = [dataset_folder(name) for name in names]
+    # A folder of nanoGPT's or llm.c's files gets its meta.json from a run: a plan writes nothing.
+    missing = [folder for folder in folders if 'meta.json' not in list_folder(folder)]
+    data = None
+    vocab_size = GPTConfig.vocab_size
+    if not missing:
+        data = Mixture(config['dataset'], config['block_size'], config['stride'])
+        vocab_size = data.tokenizer.n_vocab
     shape = model_shape(config, vocab_size)
     tokens = config['batch_size'] * config['block_size']
     if tokens * shape.padded_vocab_size > MOST_LOGITS:
@@ -167,15 +173,18 @@ def print_plan(config):
 
     if config['dtype'] == 'auto':
         config = config | {'dtype': 'bfloat16'}  # a plan is for a GPU
-    print_compute(model, data, config)
+    print_compute(model, data, missing, config)
     held = print_memory(model, config)
     saved = (held['weights'] + held['optimizer']) / 1e9
     at_most = (config['keep_last'] + 1) * saved
     print(f'disk    {saved:.2f} GB per checkpoint, {at_most:.2f} GB at most for all')
 
 
-def print_compute(model, data, config):
-    """Print the size of a run in tokens, operations and hours. data: a Dataset or None."""
+def print_compute(model, data, missing, config):
+    """Print the size of a run in tokens, operations and hours.
+
+    data: a Mixture, or None. missing: the folders of the datasets that are not prepared.
+    """
     shape = model.config
     n_steps = config['max_iters']
     factors = (config['batch_size'], config['gradient_accumulation_steps'], config['block_size'])
@@ -184,11 +193,11 @@ def print_compute(model, data, config):
     n_params = model.count_parameters()
     flops = model.flops_per_token(config['block_size'])
 
-    dataset = f'data/{config["dataset"]} is not prepared yet'
+    dataset = f'{" + ".join(missing)} is not prepared yet'
     epochs = ''
     if data:
-        dataset = f'{data.folder}: {len(data.train):,} tokens'
-        epochs = f', {tokens / len(data.train):.2f} epochs'
+        dataset = data.describe()
+        epochs = f', {data.epochs(tokens // config["block_size"])} epochs'
     elif config['init_from'] in OWN_MODELS:
         dataset += ": GPT-2's vocabulary is assumed"
 

@@ -4,12 +4,15 @@
     python plot.py --out_dir=out-a,out-b --file=compare.png --x=seconds --labels=AdamW,Muon
 """
 
+from runtime import UserError, begin_script
+
+begin_script()  # first, so that Ctrl-C ends the imports as well: they take seconds
+
 import os
 from typing import Literal
 
 from configurator import configure
 from report import draw, read_log
-from runtime import UserError
 
 # -----------------------------------------------------------------------------
 out_dir = 'out'  # the run, or several separated by commas

@@ -5,35 +5,63 @@
     python prepare.py --input=a.txt,b.jsonl.gz,notes --name=my  # several files and folders
     python prepare.py --dataset=wikitext103 --tokenizer=gpt2    # a corpus of the Hugging Face Hub
     python prepare.py --dataset=hf:ORG/NAME --text_column=content --streaming --max_tokens=500000000
+    python prepare.py --dataset=fineweb-2 --subset=deu_Latn --shard=3/16    # of 16 machines
+    python prepare.py --name=fineweb-2 --merge              # and on one, when all of them are done
 
 A document is a text file (lines that hold nothing but <|endoftext|> divide it into several), or a
-row of a table: .jsonl, .json, .csv, .parquet. Where there are several documents, each is followed
-by an end-of-text token and belongs as a whole to one split, by a draw of its own. A single text is
-cut: its last part is for validation.
+row of a table: .jsonl, .ndjson, .json, .csv, .tsv, .parquet. Where there are several documents,
+each is followed by an end-of-text token and belongs as a whole to one split, by a draw of its own.
+A single text is cut: its last part is for validation. Interrupted, the same command goes on.
+
+corpora of the Hub (--dataset), what their cards say of the size, and when to choose which:
+    tinystories         2.1 million stories in a small child's words: for models below 30M
+    tinystories-clean   2.7 million, all by GPT-4 and without broken characters, 0.6 GB
+    simplestories       2 million stories with more variety in plot and style, 0.4 GB
+    babylm              what a child hears and reads, 10 million words, or --subset=100M
+    wikitext2           Wikipedia's good articles, 2 million words: to compare with papers
+    wikitext103         the same, 103 million words
+    wikipedia           6.4 million articles in English; other languages: --subset=20231101.de
+    gutenberg           Project Gutenberg's books in English, 14 GB with the others: --split=de
+    openwebtext         GPT-2's kind of web pages, 9 billion tokens: to compare with nanoGPT
+    climbmix            400 billion tokens, mixed for small models: the best to pretrain on today
+    fineweb-edu         web pages worth teaching, 10 billion tokens; --subset=sample-100BT
+    fineweb             web pages in general, 10 billion tokens; --subset=sample-100BT
+    fineweb-2           the same in 1,000 other languages: --subset=deu_Latn
+    smollm              SmolLM's textbooks, cosmopedia-v2, 28 billion tokens;
+                        its web pages: --subset=fineweb-edu-dedup
+    dclm                the 4 trillion tokens of DataComp-LM's baseline; take it with --streaming
 """
+
+from runtime import UserError, begin_script, count_cores, raise_on_signals
+
+begin_script()  # first, so that Ctrl-C ends the imports as well: they take seconds
 
 import contextlib
 import hashlib
-import json
+import itertools
 import math
 import os
-import signal
+import random
+import re
 import sys
-import tempfile
-from functools import partial
+from array import array
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 import documents
+import draft as drafts
+import sources
 import tokenizer as tokenizers
 from configurator import check_range, configure
-from runtime import UserError
+from sources import Corpus
 
 # -----------------------------------------------------------------------------
-dataset = 'shakespeare'  # one of CORPORA below, or hf:ORG/NAME for any other corpus of the Hub
+dataset = 'shakespeare'  # a corpus of the table above, or hf:ORG/NAME for any other one of the Hub
 input: str | None = None  # or your own files and folders, separated by commas
+val_input: str | None = None  # your own files and folders for validation
+extensions: str | None = None  # what to take in folders, '.py,.rs'; None: texts and tables
 name: str | None = None  # write to data/NAME; None: named after the corpus or the first file
 tokenizer = 'bpe'  # 'bpe', 'char', 'byte', 'gpt2', a folder that has one, or ORG/NAME of the Hub
 vocab_size = 4096  # of a bpe vocabulary
@@ -41,31 +69,38 @@ val_fraction: float | None = None  # for validation; None: 0.1, at most 10 MB; s
 max_tokens: int | None = None  # to train on, up to a document's end or a megabyte more; None: all
 seed = 1337  # of the draw that decides which documents are for validation
 num_proc: int | None = None  # threads that tokenize; None: one per core
+shard: str | None = None  # '3/16': prepare the third of 16 parts, here or on another machine
+merge = False  # join the parts data/NAME-3-of-16
+quiet = False  # no report of the text
 # a corpus of the Hub
 subset: str | None = None  # its configuration, such as 20231101.de of wikipedia
-split = 'train'  # its split to train on; its validation split is used if it has one
-text_column = 'text'  # the column of a table that has the text, also of your own files
+split: str | None = None  # its split to train on; None: what the table says, else 'train'
+val_split: str | None = None  # its split for validation; None: the one it has, if any
+text_column: str | None = None  # the column of texts, also of your own tables; None: 'text'
 streaming = False  # do not store it on this disk, read it from the network as it is tokenized
 # -----------------------------------------------------------------------------
 config = configure(globals())
+raise_on_signals()  # so that threads end, and what is half done is said
 
-# SIGTERM raises as Ctrl-C does, so that what is half done is removed.
-signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
-
-SPLITS = ('train', 'val')
 BUNDLED = Path(__file__).parent / 'corpus' / 'shakespeare.txt'
-CORPORA = {  # repository and configuration on the Hugging Face Hub; what is published of the size
-    # 2,088,628 and 103,227,021 words to train (Merity et al., 2016)
-    'wikitext2': ('Salesforce/wikitext', 'wikitext-2-raw-v1'),
-    'wikitext103': ('Salesforce/wikitext', 'wikitext-103-raw-v1'),
-    # 2,119,719 stories (its card)
-    'tinystories': ('roneneldan/TinyStories', None),
-    # 6,407,814 articles (its card); --subset is any other language
-    'wikipedia': ('wikimedia/wikipedia', '20231101.en'),
-    # 9,035,582,198 GPT-2 tokens to train (nanoGPT's README)
-    'openwebtext': ('Skylion007/openwebtext', None),
-    # 10 billion GPT-2 tokens (its card)
-    'fineweb': ('HuggingFaceFW/fineweb-edu', 'sample-10BT'),
+CORPORA = {
+    'tinystories': Corpus('roneneldan/TinyStories'),
+    'tinystories-clean': Corpus('karpathy/tinystories-gpt4-clean'),
+    'simplestories': Corpus('SimpleStories/SimpleStories', val_split='test', column='story'),
+    'babylm': Corpus('cambridge-climb/BabyLM', '10M', 'clean/{}/*.txt', 'clean/dev/*.txt'),
+    'wikitext2': Corpus('Salesforce/wikitext', 'wikitext-2-raw-v1'),
+    'wikitext103': Corpus('Salesforce/wikitext', 'wikitext-103-raw-v1'),
+    'wikipedia': Corpus('wikimedia/wikipedia', '20231101.en'),
+    'gutenberg': Corpus('manu/project_gutenberg', split='en'),
+    'openwebtext': Corpus('Skylion007/openwebtext'),
+    'climbmix': Corpus(
+        'karpathy/climbmix-400b-shuffle', None, 'shard_*.parquet', 'shard_06542.parquet'
+    ),
+    'fineweb-edu': Corpus('HuggingFaceFW/fineweb-edu', 'sample-10BT'),
+    'fineweb': Corpus('HuggingFaceFW/fineweb', 'sample-10BT'),
+    'fineweb-2': Corpus('HuggingFaceFW/fineweb-2', val_split='test'),
+    'smollm': Corpus('HuggingFaceTB/smollm-corpus', 'cosmopedia-v2'),
+    'dclm': Corpus('mlfoundations/dclm-baseline-1.0-parquet'),
 }
 
 # -----------------------------------------------------------------------------
@@ -74,88 +109,204 @@ CORPORA = {  # repository and configuration on the Hugging Face Hub; what is pub
 
 def default_name(path):
     """Name a dataset after its first file, without the suffixes, or after its first folder."""
-    path = Path(os.path.abspath(path))  # the folder . has a name as well
+    path = Path(os.path.abspath(os.path.expanduser(path)))  # the folder . has a name as well
     if not path.is_file():
         return path.name
-    if documents.kind_of(path)[1]:  # .gz and the like
+    if sources.kind_of(path)[1]:  # .gz and the like
         return Path(path.stem).stem
     return path.stem
 
 
-def read_splits(readers, lengths, fraction, seed):
-    """Read the corpus from its beginning, as (split, text, ends).
+def find_corpus():
+    """Return the Corpus that the knobs describe."""
+    if dataset.startswith('hf:'):
+        corpus = Corpus(dataset.removeprefix('hf:'))
+    elif dataset in CORPORA:
+        corpus = CORPORA[dataset]
+    else:
+        choices = ', '.join(['shakespeare', *CORPORA, 'hf:ORG/NAME'])
+        raise UserError(f"There is no corpus '{dataset}': use {choices}, or --input=PATH.")
+    if dataset == 'fineweb-2' and subset is None:
+        raise UserError('fineweb-2 needs a language: --subset=deu_Latn, cmn_Hani, arb_Arab, ...')
+    corpus = corpus._replace(
+        configuration=subset or corpus.configuration,
+        split=split or corpus.split,
+        val_split=val_split or corpus.val_split,
+        column=text_column or corpus.column,
+    )
+    return corpus._replace(split=corpus.split.format(corpus.configuration))
 
-    It is divided here unless the corpus has a validation split of its own.
+
+def describe_job(splits, column):
+    """Return all that the result depends on, for job.json."""
+    ignored = {'num_proc', 'quiet', 'merge', 'input', 'val_input', 'name'}
+    job = {key: value for key, value in config.items() if key not in ignored}
+    job |= {'column': column, 'piece': sources.PIECE}
+    job['files'] = {}
+    job['stamps'] = []
+    for key, files in splits.items():
+        job['files'][key] = [[Path(file.name).name, file.size] for file in files]
+        job['stamps'] += [[file.name, file.stamp] for file in files]
+    if os.path.isdir(os.path.expanduser(tokenizer)):
+        contents = Path(tokenizer, 'tokenizer.json').expanduser()
+        if contents.is_file():
+            job['tokenizer'] = hashlib.sha256(contents.read_bytes()).hexdigest()
+    return job
+
+
+def survey_corpus(parts, column, sizes):
+    """Measure a corpus and choose its division: what a draft calls facts.
+
+    sizes: the bytes of text in each file, None where only reading tells.
     """
-    if 'val' in readers:
-        for piece in readers['val']():
-            yield 'val', *piece
-    yield from documents.divide(readers['train'](), lengths, fraction, seed)
+    n_bytes = None if streaming else sum(size or 0 for size in sizes)
+    lengths = None
+    several = from_hub
+    if not streaming:
+        found, bytes_seen, is_complete = documents.survey(parts['train'], column, None in sizes)
+        if not any(found):
+            raise UserError(f'There is no text in {input or dataset}.')
+        if is_complete:
+            lengths = found
+            n_bytes = bytes_seen
+        several = from_hub or not is_complete or sum(map(len, found)) > 1
+    if 'val' in parts and not several:
+        for_validation, _, _ = documents.survey(parts['val'], column, False)
+        several = sum(map(len, for_validation)) > 1
+
+    # What is streamed has no known size: take 4 bytes per token, and 5 billion tokens.
+    likely_bytes = n_bytes or 4 * (max_tokens or 5 * 10**9)
+    fraction = val_fraction or min(0.1, 10**7 / likely_bytes)
+    if 'val' in parts:
+        fraction = 0.0
+    division = documents.choose_division(lengths, fraction, seed)
+    return {
+        'n_bytes': n_bytes, 'several': several, 'division': division,
+        'fraction': fraction if lengths and max_tokens is None else None,  # to be compared with
+    }  # fmt: skip
 
 
-def count_cores():
-    """Count the cores that this process may use."""
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+def make_tokenizer(parts, column, facts):
+    """Make the tokenizer that is learned from the text."""
+    divided = []
+    for number, part in enumerate(parts['train']):
+        pieces = sources.read_part(part, column)
+        divided.append(documents.divide(pieces, facts['division'], number))
+    # An alphabet must cover both splits. A bpe vocabulary is learned from the training split
+    # alone: validation is on unseen text.
+    wanted = ('train', 'val') if tokenizer == 'char' else ('train',)
+    texts = (text for pieces in divided for key, text, _ in pieces if key in wanted)
+    if tokenizer == 'bpe':
+        texts = documents.sample_texts(texts, facts['n_bytes'], seed)
+    elif 'val' in parts:
+        more = (text for part in parts['val'] for text, _ in sources.read_part(part, column))
+        texts = itertools.chain(texts, filter(None, more))
+    return tokenizers.build(tokenizer, texts, vocab_size, end_of_text=facts['several'])
 
 
-def write_splits(folder, encoded, n_bytes, max_tokens):
-    """Write train.bin and val.bin, flushed to disk. Returns what meta.json says of each.
+def read_batches(parts, column, encoding, division, last):
+    """Yield (row, pieces) of the batches of this shard behind a place, in order."""
+    number = -1
+    n_parts = sum(map(len, parts.values()))
+    for key in ('val', 'train'):
+        for index, part in enumerate(parts.get(key, [])):
+            number += 1
+            # Where there are fewer parts than shards, these take turns within a part.
+            by_part = n_parts >= n_shards
+            if number < last[0] or (by_part and number % n_shards != shard_number):
+                continue
+            rule = division if key == 'train' else documents.Division(None, 1.0, seed)
+            divided = documents.divide(sources.read_part(part, column), rule, index)
+            batches = documents.in_batches(documents.join_pieces(divided, encoding))
+            for batch, (piece_split, pieces, n_blank) in enumerate(batches):
+                is_mine = by_part or batch % n_shards == shard_number
+                if (number, batch) > last and is_mine and (pieces or n_blank):
+                    row = {'part': number, 'batch': batch, 'split': piece_split, 'blank': n_blank}
+                    yield row, pieces
 
-    encoded: what `documents.encode_all` yields. n_bytes: of the text, or None; for the bar.
-    Prints a note of each kind of change that the tokenizer makes to the text.
-    """
-    changes = {}
-    stats = {split: {'tokens': 0, 'bytes': 0, 'documents': 0, 'highest': 0} for split in SPLITS}
-    digests = {split: hashlib.sha256() for split in SPLITS}
-    limits = {'train': max_tokens or math.inf, 'val': math.inf}
-    bar = tqdm(total=n_bytes, unit='B', unit_scale=True, ncols=80, leave=False, disable=None)
-    with bar, open(folder / 'train.bin', 'wb') as train, open(folder / 'val.bin', 'wb') as val:
-        files = {'train': train, 'val': val}
-        for split, ids, n_tokens, sizes, ends, batch_changes in encoded:
-            row = stats[split]
-            for what, (how_often, example) in batch_changes.items():
-                before, example = changes.get(what, (0, example))
-                changes[what] = before + how_often, example
-            # Pieces that begin before the limit, so that the last of them reaches it.
-            tokens_before = row['tokens'] + n_tokens.cumsum() - n_tokens
-            kept = np.count_nonzero(tokens_before < limits[split])
 
-            data = ids[: n_tokens[:kept].sum()]
-            files[split].write(data)
-            digests[split].update(data)
-            row['tokens'] += len(data)
-            row['bytes'] += int(sizes[:kept].sum())
-            row['documents'] += int(ends[:kept].sum())
-            row['highest'] = max(row['highest'], int(data.max(initial=0)))
+def write_batches(draft, parts, column, encoding):
+    """Tokenize what is behind the last place of a draft, and add it, up to max_tokens."""
+    train, val = (draft.totals[key] for key in drafts.SPLITS)
+    if draft.last >= (0, 0):
+        print(f'Going on behind the {train["tokens"]:,} tokens of {draft.folder}.')
+    facts = draft.facts
+    separator = encoding.end_of_text if facts['several'] else None
+    division = documents.Division(*facts['division'])
+    batches = read_batches(parts, column, encoding, division, draft.last)
+    # There are threads enough: the library tokenizers need not start its own in each.
+    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+    n_threads = num_proc or count_cores()
+    encoded = documents.encode_all(batches, encoding, separator, facts['dtype'], n_threads)
+
+    options = {'unit': 'B', 'unit_scale': True, 'ncols': 80, 'leave': False, 'disable': None}
+    options |= {'total': facts['n_bytes'], 'initial': train['bytes'] + val['bytes']}
+    # The two are closed whatever happens: their threads end, and a Hub's readers.
+    with tqdm(**options) as bar, contextlib.closing(batches), contextlib.closing(encoded):
+        for row, oddities, ids, n_tokens, sizes, ends, changes in encoded:
+            # A single text is still read to its end, where its validation split is.
+            limit = max_tokens or math.inf
+            if train['tokens'] >= limit and val['documents']:
+                break
+            n_kept = len(n_tokens)
+            if row['split'] == 'train':
+                # Pieces that begin before the limit, so that the last of them reaches it.
+                before = train['tokens'] + n_tokens.cumsum() - n_tokens
+                n_kept = np.count_nonzero(before < limit)
+            data = ids[: n_tokens[:n_kept].sum()]
+            row |= {
+                'tokens': len(data),
+                'bytes': int(sizes[:n_kept].sum()),
+                'documents': int(ends[:n_kept].sum()),
+                'highest': int(data.max(initial=0)),
+                'oddities': {**oddities, 'blank': row.pop('blank')},
+                'changes': changes,
+            }
+            draft.add(row, data)
             bar.update(int(sizes.sum()))
 
-            # A single text is still read to its end, where its validation split is.
-            if stats['train']['tokens'] >= limits['train'] and stats['val']['documents']:
-                break
 
-        for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())
-    for split in SPLITS:
-        stats[split]['sha256'] = digests[split].hexdigest()
-    for what, (how_often, (text, decoded)) in changes.items():
-        print(f'Note: the tokenizer {what}, {how_often:,} times;')
-        print(f'first, {text!r} comes back from its ids as {decoded!r}.')
-    return stats
+def describe_documents(splits, end_of_text):
+    """Return how many documents there are, the tokens of the longest and shortest, and copies.
 
-
-def publish(source, target):
-    """Move a finished dataset into place.
-
-    The old train.bin leaves first and the new one comes last: with it, the dataset is complete.
+    splits: their tokens. Copies are documents with the same tokens as one before.
     """
-    target.mkdir(parents=True, exist_ok=True)
-    for name in ('train.bin', *tokenizers.FILES):
-        (target / name).unlink(missing_ok=True)
-    for file in sorted(source.iterdir(), key=lambda file: file.name == 'train.bin'):
-        os.replace(file, target / file.name)
+    n_documents = 0
+    longest = 0
+    shortest = math.inf
+    hashes = array('q')
+    for tokens in splits:
+        start = 0
+        for block in range(0, len(tokens), 2**22):
+            ends = np.flatnonzero(tokens[block : block + 2**22] == end_of_text)
+            for end in (ends + block).tolist():
+                n_documents += 1
+                longest = max(longest, end - start)
+                shortest = min(shortest, end - start)
+                hashes.append(hash(tokens[start:end].tobytes()))
+                start = end + 1
+    n_copies = len(hashes) - len(np.unique(hashes))
+    return n_documents, longest, shortest, n_copies
+
+
+def print_report(target, meta, oddities, encoding):
+    """Print what a person would want to know of the text before training on it, in 10 lines."""
+    splits = [drafts.open_split(target, meta, key) for key in drafts.SPLITS]
+    if meta['end_of_text'] is not None and facts['several']:
+        n_documents, longest, shortest, n_copies = describe_documents(splits, meta['end_of_text'])
+        share = n_copies / max(1, n_documents)
+        lengths = f'{shortest:,} to {longest:,} tokens each'
+        print(f'documents  {n_documents:,}, {lengths}; {share:.1%} are copies of one before')
+    if oddities['blank']:
+        print(f'left out   {oddities["blank"]:,} without text')
+    controls = f'{oddities["controls"]:,} control characters'
+    print(f'odd        {controls}, {oddities["replaced"]:,} that were replaced by U+FFFD')
+    print('Five pieces of the training text, as the model will see them:')
+    rng = random.Random(seed)
+    for _ in range(5):
+        start = rng.randrange(max(1, len(splits[0]) - 40))
+        text = encoding.decode(splits[0][start : start + 40].tolist())
+        print(f'  {text!r}'[:78])
 
 
 # -----------------------------------------------------------------------------
@@ -166,131 +317,142 @@ if val_fraction is not None and not 0 < val_fraction < 1:
 check_range(config, 1, 10**15, 'max_tokens')
 check_range(config, 1, 1024, 'num_proc')
 check_range(config, 1, 2**24, 'vocab_size')
+check_range(config, 0, 2**63, 'seed')
 
 from_hub = input is None and dataset != 'shakespeare'
-files = []
 dataset_name = name or dataset.split('/')[-1]
 if input is not None:
-    files = documents.find_files(input)
     dataset_name = name or default_name(input.split(',')[0])
-elif dataset == 'shakespeare':
-    files = [BUNDLED]
-elif dataset in CORPORA:
-    repository, configuration = CORPORA[dataset]
-elif dataset.startswith('hf:'):
-    repository, configuration = dataset.removeprefix('hf:'), None
-else:
-    choices = ', '.join(['shakespeare', *CORPORA, 'hf:ORG/NAME'])
-    raise UserError(f"There is no corpus named '{dataset}': use {choices}, or --input=PATH.")
-source = [file.name for file in files]
-if from_hub:
-    source = [repository, subset or configuration]
-
 target = Path('data') / dataset_name
-if target.parent != Path('data') or target.name in ('', '..'):
+if target.parent != Path('data') or target.name in ('', '..') or target.name.startswith('.'):
     raise UserError(f"name='{dataset_name}' must be a plain name: the dataset goes to data/NAME.")
 if target.parent.exists() and not target.parent.is_dir():
     raise UserError('data is a file, and the dataset is to go into a folder data: rename the file.')
 if target.exists() and not target.is_dir():
     raise UserError(f'{target} is a file: choose another --name.')
-if input and (dataset != 'shakespeare' or subset):
+if input is not None and (dataset != 'shakespeare' or subset):
     raise UserError('input names your own files, dataset and subset a corpus: give one of them.')
 if streaming and not from_hub:
     raise UserError('streaming=True is for corpora of the Hub.')
 if streaming and tokenizer == 'char':
     raise UserError("tokenizer='char' must read all text first: it cannot be used with streaming.")
+given = [key for key in ('val_fraction', 'val_input', 'val_split') if config[key] is not None]
+if len(given) > 1:
+    raise UserError(f'{" and ".join(given)} both say what validation is: give one of them.')
+if (split is not None or val_split is not None) and not from_hub:
+    raise UserError('split and val_split are for corpora of the Hub.')
+
+shard_number = 0
+n_shards = 1
+if shard is not None:
+    match = re.fullmatch(r'([0-9]{1,5})/([0-9]{1,5})', shard)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"shard='{shard}' must be such as 3/16, the third of 16.")
+    if max_tokens is not None or merge:
+        raise UserError('shard goes together neither with max_tokens nor with merge.')
+    shard_number = int(match[1]) - 1
+    n_shards = int(match[2])
 
 encoding = None  # the tokenizer itself
-if tokenizer not in ('bpe', 'char'):  # those two are made from the text, below
+if tokenizer not in ('bpe', 'char') and not merge:  # those two are made from the text, below
     encoding = tokenizers.build(tokenizer)
 
-# -----------------------------------------------------------------------------
-# How large it is, which decides how much of it is for validation.
+draft_folder = target.with_name(f'.{target.name}.draft')
+if n_shards > 1:
+    draft_folder = target.with_name(f'{target.name}-{shard_number + 1}-of-{n_shards}')
 
-if from_hub:
-    readers, n_bytes = documents.open_hub(*source, split, text_column, streaming)
+# -----------------------------------------------------------------------------
+# Read, or join what several machines have read.
+
+if merge:
+    draft = drafts.join(drafts.find_shards(target), draft_folder)
+    encoding = tokenizers.load(draft.folder, {'eos': draft.facts['end_of_text']})
 else:
-    readers = {'train': partial(documents.read_files, files, text_column)}
-    n_bytes = sum(file.stat().st_size for file in files)
-
-lengths = None  # of all documents, in characters, if the survey has seen them all
-several = True  # documents, so that end-of-text comes between them; a single text has none
-if not streaming:
-    # Where the size of a file is not that of its text, only reading all of it tells.
-    kinds = [documents.kind_of(file) for file in files]
-    to_the_end = any(compression or suffix == '.parquet' for suffix, compression in kinds)
-    lengths, bytes_seen, is_complete = documents.survey(readers['train'](), to_the_end)
-    if not lengths:
-        raise UserError(f'There is no text in {input or dataset}.')
-    several = from_hub or len(lengths) > 1
-    if is_complete:
-        n_bytes = bytes_seen
+    column = text_column or 'text'
+    if from_hub:
+        corpus = find_corpus()
+        column = corpus.column
+        splits = sources.open_hub(corpus, streaming)
+        source = [corpus.repository, corpus.configuration]
     else:
-        lengths = None
+        paths = str(BUNDLED) if input is None else input
+        splits = {'train': sources.find_files(paths, extensions)}
+        source = [Path(file.name).name for file in splits['train']]
+    if val_input is not None:
+        splits['val'] = sources.find_files(val_input, extensions)
+        both = {file.name for file in splits['val']} & {file.name for file in splits['train']}
+        if both:
+            raise UserError(f'{both.pop()} is both in input and in val_input: leave it out of one.')
+    parts = {key: sources.make_parts(files) for key, files in splits.items()}
 
-# What is streamed has no known size: take 4 bytes per token, and 5 billion tokens.
-likely_bytes = n_bytes or 4 * (max_tokens or 5 * 10**9)
-fraction = val_fraction or min(0.1, 10**7 / likely_bytes)
-if 'val' in readers:
-    fraction = 0.0
+    job = describe_job(splits, column)
+    facts = drafts.find_facts(draft_folder, job)
+    if facts is None:
+        sizes = [] if streaming else [sources.text_size(file, column) for file in splits['train']]
+        facts = survey_corpus(parts, column, sizes)
+        if encoding is None:
+            encoding = make_tokenizer(parts, column, facts)
+        if facts['several'] and encoding.end_of_text is None:
+            how = 'has no end-of-text to end documents: use another'
+            raise UserError(f'The tokenizer {tokenizer} {how}.')
+        facts['source'] = source
+        facts['end_of_text'] = encoding.end_of_text
+        facts['dtype'] = '<u2' if encoding.n_vocab <= 2**16 else '<u4'  # of the .bin files
+    elif encoding is None:
+        encoding = tokenizers.load(draft_folder)
 
-# -----------------------------------------------------------------------------
-# The tokenizer, if it is made from the text.
+    draft = drafts.Draft(draft_folder, job)
+    try:
+        draft.open(facts, encoding)
+        write_batches(draft, parts, column, encoding)
+    except UserError:
+        if not streaming:  # else it may be the network, and there is something to go on with
+            draft.delete()
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        print('\nInterrupted: the same command goes on from here.', file=sys.stderr)
+        raise
+    draft.finish()
 
-if encoding is None:
-    pieces = read_splits(readers, lengths, fraction, seed)
-    texts = (text for _, text, _ in pieces)  # an alphabet must cover both splits
-    if tokenizer == 'bpe':
-        # Learned from the training split alone: validation is on unseen text.
-        texts = (text for piece_split, text, _ in pieces if piece_split == 'train')
-        texts = documents.sample_texts(texts, n_bytes, seed)
-    encoding = tokenizers.build(tokenizer, texts, vocab_size, end_of_text=several)
+if n_shards > 1:
+    print(f'{draft_folder} is done, {draft.totals["train"]["tokens"]:,} tokens to train on.')
+    print(f'When all {n_shards} are in one folder data, join them there with:')
+    print(f'python prepare.py --name={target.name} --merge')
+    sys.exit()
 
-end_of_text = encoding.end_of_text
-separator = end_of_text if several else None
-dtype = '<u2' if encoding.n_vocab <= 2**16 else '<u4'  # of the .bin files
-if several and end_of_text is None:
-    raise UserError(f'The tokenizer {tokenizer} has no end-of-text to end documents: use another.')
-
-# -----------------------------------------------------------------------------
-# Write it to a temporary folder, and move it into place when it is complete.
-
-target.parent.mkdir(exist_ok=True)
-with tempfile.TemporaryDirectory(prefix=f'.{target.name}-', dir=target.parent) as folder:
-    temporary = Path(folder)
-    batches = documents.in_batches(
-        documents.join_pieces(read_splits(readers, lengths, fraction, seed), encoding)
-    )
-    n_threads = num_proc or count_cores()
-    # There are threads enough: the library tokenizers need not start its own in each.
-    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
-    encoded = documents.encode_all(batches, encoding, separator, dtype, n_threads)
-    # Ends its threads, and a Hub's readers, whatever happens.
-    with contextlib.closing(batches), contextlib.closing(encoded):
-        stats = write_splits(temporary, encoded, n_bytes, max_tokens)
-    for key, row in stats.items():
-        if row['tokens'] < 2:
-            raise UserError(f'The text is too short: its {key} split has fewer than 2 tokens.')
-
-    meta = {
-        'format': 1, 'source': source, 'dtype': np.dtype(dtype).name,
-        'tokenizer': encoding.kind, 'vocab_size': encoding.n_vocab, 'end_of_text': end_of_text,
-        'train': stats['train'], 'val': stats['val'],
-    }  # fmt: skip
-    (temporary / 'meta.json').write_text(json.dumps(meta, indent=1) + '\n')
-    tokenizers.save(encoding, temporary)
-    publish(temporary, target)
+for key in drafts.SPLITS:
+    if draft.totals[key]['tokens'] < 2:
+        draft.delete()
+        raise UserError(f'The text is too short: its {key} split has fewer than 2 tokens.')
+facts = draft.facts
+meta = {
+    'format': 1, 'source': facts['source'], 'dtype': np.dtype(facts['dtype']).name,
+    'tokenizer': encoding.kind, 'vocab_size': encoding.n_vocab,
+    'end_of_text': facts['end_of_text'],
+}  # fmt: skip
+drafts.publish(draft, target, meta)
 
 # -----------------------------------------------------------------------------
 # Report.
 
-val_share = stats['val']['bytes'] / (stats['train']['bytes'] + stats['val']['bytes'])
-is_near = fraction / 2 < val_share < 2 * fraction
-if lengths and fraction and max_tokens is None and not is_near:
+for what, (how_often, (text, decoded)) in draft.totals['changes'].items():
+    print(f'Note: the tokenizer {what}, {how_often:,} times;')
+    print(f'first, {text!r} comes back from its ids as {decoded!r}.')
+oddities = draft.totals['oddities']
+if oddities['end_of_text'] and encoding.kind != 'published':
+    print(f'Note: {tokenizers.END_OF_TEXT} inside a line or a table is plain text, which it is')
+    print(f'{oddities["end_of_text"]:,} times. A line of its own, in a text file, ends a document.')
+n_bytes = {key: meta[key]['bytes'] for key in drafts.SPLITS}
+val_share = n_bytes['val'] / sum(n_bytes.values())
+fraction = facts['fraction']
+if fraction and not fraction / 2 < val_share < 2 * fraction:
     print(f'Note: documents stay whole: val has {val_share:.0%} of the text, not {fraction:.0%}.')
 print(f'{target}: {encoding.kind} tokenizer, {encoding.n_vocab:,} tokens in its vocabulary')
 print(f'{"split":>9} {"documents":>11} {"bytes":>15} {"tokens":>15} {"bytes/token":>13}')
-for key, row in stats.items():
+for key in drafts.SPLITS:
+    row = meta[key]
     rate = row['bytes'] / row['tokens']
     counts = f'{row["documents"]:>11,} {row["bytes"]:>15,} {row["tokens"]:>15,}'
     print(f'{key:>9} {counts} {rate:>13.2f}')
+if not quiet:
+    print_report(target, meta, oddities, encoding)

@@ -83,6 +83,9 @@ def print_validation(step, tokens, metrics, saved=''):
     if saved:
         row += f', {saved}'
     print_line(row)
+    for name, loss in metrics.items():
+        if name.startswith('val_loss/'):  # of one of several datasets
+            print_line(f'{loss:26.4f}  validation of {name.removeprefix("val_loss/")}')
 
 
 def _first_cells(step, tokens, loss):

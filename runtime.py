@@ -14,6 +14,11 @@ import sys
 import time
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 # (16-bit TFLOP/s without sparsity, GiB), from the makers' data sheets
 GPUS = {
     'T4': (65, 16), 'V100': (125, 16), 'A10': (125, 24), 'L4': (121, 24), 'L40S': (362, 48),
@@ -94,7 +99,7 @@ def drop_output():
 def begin_script():
     """Let Ctrl-C end the script at once, one process alone print, and any text be printed.
 
-    It comes before configure(), which prints as well.
+    It comes first in a script: torch takes seconds to import.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # Loading weights would take a KeyboardInterrupt for a damaged file.
@@ -109,6 +114,13 @@ def begin_script():
 
 # -----------------------------------------------------------------------------
 # how a script ends: signals
+
+
+def raise_on_signals():
+    """Have Ctrl-C and SIGTERM raise an exception, so that a script can remove what is half done."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # else the shell has it ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
 
 
 def install_signal_handlers():
@@ -286,3 +298,28 @@ class Stopwatch:
         if self.started is None:
             return self.total
         return self.total + time.perf_counter() - self.started
+
+
+# -----------------------------------------------------------------------------
+# files
+
+_locks = []  # open files: closing one would give its lock up
+
+
+def lock_file(path, message):
+    """Lock a file for as long as this process lives. Raises UserError if another one has it."""
+    if fcntl is None:
+        return
+    lock = open(path, 'w')  # noqa: SIM115
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(message) from None
+    _locks.append(lock)
+
+
+def count_cores():
+    """Count the cores that this process may use."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()

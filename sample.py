@@ -7,6 +7,10 @@
     python sample.py --init_from=HuggingFaceTB/SmolLM2-135M-Instruct --chat --interactive
 """
 
+from runtime import UserError, begin_script, can_compile, pick_device, pick_dtype
+
+begin_script()  # first, so that Ctrl-C ends the imports as well: they take seconds
+
 import itertools
 import json
 import textwrap
@@ -17,7 +21,6 @@ import torch
 
 from configurator import check_range, configure
 from inference import fast_cpu_decode, generate_text, load_model, to_column_major
-from runtime import UserError, begin_script, can_compile, pick_device, pick_dtype
 from tokenizer import find_template, render_chat
 
 # -----------------------------------------------------------------------------
@@ -46,7 +49,6 @@ device = 'auto'  # 'cuda', 'mps', 'cpu'; 'auto' takes the first there is
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # 'auto': 16-bit on CUDA only
 compile = False  # compile the decoding of a token: up to a minute at the start, then faster
 # -----------------------------------------------------------------------------
-begin_script()
 config = configure(globals())
 
 check_range(config, 0, 10**18, 'seed')
@@ -136,7 +138,7 @@ def print_jsonl(prompt):
     for sample in generate(prompt, num_samples, **sampling):
         record = {'prompt': prompt, 'text': sample.text, 'tokens': sample.tokens}
         record['finish'] = sample.finish
-        print(json.dumps(record, ensure_ascii=False), flush=True)
+        print(json.dumps(record), flush=True)
 
 
 def print_comparison(prompt):

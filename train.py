@@ -6,6 +6,11 @@
     torchrun --nproc_per_node=4 train.py config/train_gpt2.py        # 4 processes, the same steps
 """
 
+import runtime
+from runtime import UserError
+
+runtime.begin_script()  # first, so that Ctrl-C ends the imports as well: they take seconds
+
 import math
 import os
 import shlex
@@ -20,12 +25,10 @@ import checkpoint
 import optim
 import parallel
 import report
-import runtime
 from configurator import check_range, configure
-from data import Dataset, count_targets, count_windows, get_batch, micro_step_seed, training_order
+from data import Mixture, micro_step_seed
 from inference import evaluate_loss, generate_text, load_tokenizer, perplexity
 from model import GPT, IGNORE, GPTConfig, check_round_trip, find_pretrained
-from runtime import UserError
 
 # -----------------------------------------------------------------------------
 # run
@@ -45,7 +48,7 @@ log_norms = False  # log the norms of the parameters and gradients of each block
 max_skipped_steps = 20  # end after this many steps in a row whose loss or gradient is not finite
 seed = 1337  # everything random follows from it and the position in the run
 # data
-dataset = 'shakespeare'  # data/NAME, made by prepare.py
+dataset = 'shakespeare'  # data/NAME, made by prepare.py; several by weight: 'a:0.7,b:0.3'
 batch_size = 12  # sequences per micro-batch
 gradient_accumulation_steps = 5 * 8  # micro-batches per step, divided over the processes
 block_size = 1024  # context, in tokens
@@ -90,7 +93,6 @@ plan_gpus = 1  # devices to plan for
 plan_gpu = 'H100'  # which: A100, H100, RTX4090, ..., see runtime.py
 plan_mfu = 0.4  # assumed MFU
 # -----------------------------------------------------------------------------
-runtime.begin_script()
 config = configure(globals())  # sets the knobs above from config files and flags
 
 check_range(config, 1, 10**9, 'batch_size gradient_accumulation_steps block_size plan_gpus')
@@ -147,9 +149,9 @@ if has_run and not resuming and not (eval_only and fine_tuning):
         'or delete it.'
     )
 
-data = Dataset(dataset, verify=verify_data)
-data.check_length(block_size)
-n_windows = count_windows(data.train, block_size, stride)
+data = Mixture(dataset, block_size, stride, seed, verify=verify_data)  # often of one dataset
+for each in data.datasets:
+    each.check_length(block_size)
 windows_per_step = batch_size * gradient_accumulation_steps
 tokens_per_step = windows_per_step * block_size
 
@@ -165,7 +167,7 @@ tokenizer = data.tokenizer
 if from_scratch:
     progress = checkpoint.Progress()
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(vocab_size=data.vocab_size, **shape))
+    model = GPT(GPTConfig(vocab_size=tokenizer.n_vocab, **shape))
     run_config['init_from'] = 'scratch'
 elif resuming:
     saved = checkpoint.load_run(out_dir, config, data)  # refuses another model, optimizer or text
@@ -178,7 +180,8 @@ else:
     folder = find_pretrained(init_from)
     model = GPT.from_pretrained(folder, block_size, dropout=dropout)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
-    data.check_vocabulary(tokenizer, model.config.vocab_size, init_from)
+    for each in data.datasets:
+        each.check_vocabulary(tokenizer, model.config.vocab_size, init_from)
     # block_size stays the knob, the length of the windows: a rotary model's own is its context.
     run_config.update({name: getattr(model.config, name) for name in shape if name != 'block_size'})
 
@@ -276,9 +279,15 @@ def check_skipped_steps():
 
 
 def evaluate():
-    """Measure the loss of the whole validation split. Returns the metrics for the log."""
-    nats, n_targets = evaluate_loss(model, data.val, block_size, batch_size, autocast)
-    val_loss = nats / n_targets
+    """Measure the loss of all validation tokens together. Returns the metrics for the log."""
+    results = []  # of each dataset, (nats, number of targets)
+    for each in data.datasets:
+        results.append(evaluate_loss(model, each.val, block_size, batch_size, autocast))
+    val_loss = sum(nats for nats, _ in results) / sum(n_targets for _, n_targets in results)
+    val_losses = {}
+    if len(results) > 1:
+        for name, (nats, n_targets) in zip(data.names, results, strict=True):
+            val_losses[f'val_loss/{name}'] = nats / n_targets
     if not math.isfinite(val_loss):
         report.fail(
             f'The validation loss is {val_loss} at step {progress.step:,}: nothing is saved. '
@@ -293,6 +302,7 @@ def evaluate():
         progress.evals_since_best = 0
     return {
         'val_loss': val_loss,
+        **val_losses,
         'perplexity': perplexity(val_loss),
         'bits_per_byte': val_loss / math.log(2) / data.bytes_per_token('val'),
         'train_seconds': round(clock.seconds, 3),
@@ -351,7 +361,7 @@ def to_device(*tensors):
 
 
 # -----------------------------------------------------------------------------
-# the start of the run: four lines on the terminal, the log, signals
+# the start of the run: what is trained, on what and how long; the log, signals
 
 where = my_device
 if device_type == 'cpu':
@@ -359,17 +369,19 @@ if device_type == 'cpu':
 if parallel.launched:
     where += f' x {parallel.world_size} processes'
 compiled = 'compiled' if compiles else 'not compiled'
-epochs = max_iters * windows_per_step / n_windows
+epochs = data.epochs(max_iters * windows_per_step)
 c = model.config
 report.print_line(
     f'model   {c.arch}, {c.n_layer} layers, {c.n_head} heads, n_embd {c.n_embd}: '
     f'{model.count_parameters():,} parameters\n'
-    f'data    {data.folder}: train {len(data.train):,} tokens, val {len(data.val):,}; '
-    f'{data.kind} {data.vocab_size:,}\n'
-    f'device  {where}, {precision}, {compiled}\n'
-    f'steps   {max_iters:,}, each {batch_size} x {gradient_accumulation_steps} x {block_size} = '
-    f'{tokens_per_step:,} tokens: {max_iters * tokens_per_step:,}, {epochs:.2f} epochs'
+    f'data    {data.describe()}\n'
+    f'device  {where}, {precision}, {compiled}'
 )
+if not eval_only:
+    report.print_line(
+        f'steps   {max_iters:,}, each {batch_size} x {gradient_accumulation_steps} x {block_size}'
+        f' = {tokens_per_step:,} tokens: {max_iters * tokens_per_step:,}, {epochs} epochs'
+    )
 if resuming:
     report.print_line(f'resume  {saved.path}, step {progress.step:,}')
     for name, (before, now) in saved.changed.items():
@@ -452,15 +464,15 @@ while True:
             group['lr'] = lr_scale * opt.defaults['lr']  # the peak
 
     # The windows of the whole step. Process r of n takes its micro-batches r, r + n, r + 2n, ...
-    window_ids = training_order(progress.windows_seen, windows_per_step, n_windows, seed)
-    micro_batches = window_ids.reshape(gradient_accumulation_steps, batch_size)
-    n_targets = count_targets(data.train, block_size, window_ids, stride)
+    windows = data.training_windows(progress.windows_seen, windows_per_step)
+    micro_batches = windows.reshape(gradient_accumulation_steps, batch_size, 2)
+    n_targets = data.count_targets(windows)
     loss = torch.zeros((), device=my_device)
     for micro_step in range(parallel.rank, gradient_accumulation_steps, parallel.world_size):
         # Gradients are averaged over the processes once, in the last backward pass.
         is_last = micro_step + parallel.world_size >= gradient_accumulation_steps
         parallel.sync_gradients(train_model, is_last)
-        x, y = get_batch(data.train, block_size, micro_batches[micro_step], stride)
+        x, y = data.get_batch(micro_batches[micro_step])
         # The mean over a micro-batch times its share of all targets: these sum up to the mean over
         # the step. A padded window has fewer targets.
         share = int((y != IGNORE).sum()) / n_targets

@@ -141,6 +141,7 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = 'HTTP/1.1'
     timeout = 60  # seconds without a request
+    disable_nagle_algorithm = True  # else 40 ms pass between the head of an answer and its body
 
     def answer(self):
         """Answer a request of any method."""
@@ -301,14 +302,17 @@ def list_tree(files, folder, recursive):
 def write_corpus(folder, name, files, configurations=None):
     """Write a dataset: its tables, and a README.md that says which are which.
 
-    files: {path: the rows of a .parquet file, each a dictionary}. configurations: {name: {split:
-    pattern}}, None to leave it to the names of the files.
+    files: {path: the rows of a .parquet file, each a dictionary, or the bytes of any other file}.
+    configurations: {name: {split: pattern}}, None to leave it to the names of the files.
     """
     repository = folder / 'datasets' / name
     for path, rows in files.items():
-        table = repository / path
-        table.parent.mkdir(parents=True, exist_ok=True)
-        parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+        file = repository / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(rows, bytes):
+            file.write_bytes(rows)
+        else:
+            parquet.write_table(pyarrow.Table.from_pylist(rows), file)
 
     card = {'language': ['en']}
     if configurations:

@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import re
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import IGNORE, count_targets, count_windows, get_batch, micro_step_seed, training_order
+from data import (
+    IGNORE,
+    count_targets,
+    count_windows,
+    get_batch,
+    micro_step_seed,
+    open_tokens,
+    read_windows,
+    training_order,
+    training_starts,
+)
 
 any_corpus = given(
     n_tokens=st.integers(2, 400),
@@ -45,7 +56,7 @@ def test_each_target_comes_exactly_once_per_epoch(n_tokens, block_size, seed, ep
     assert sorted(y[counts].tolist()) == list(range(1, n_tokens))
     assert torch.equal(x[counts], y[counts] - 1), 'the input is the token before the target'
     assert counts.any(1).all(), 'no window is empty'
-    assert count_targets(tokens, block_size, order) == n_tokens - 1
+    assert count_targets(tokens, block_size, order * block_size) == n_tokens - 1
 
 
 @settings(deadline=None)
@@ -60,13 +71,50 @@ def test_overlapping_windows_cover_targets_as_the_stride_says(n_tokens, block_si
     assert torch.equal(x[counts], y[counts] - 1)
     assert counts.any(1).all()
     assert counts[:-1].all(), 'none but the last is short'
-    assert count_targets(tokens, block_size, np.arange(n), stride) == counts.sum()
+    assert count_targets(tokens, block_size, np.arange(n) * stride) == counts.sum()
     times = np.bincount(y[counts], minlength=n_tokens)[1:]
     assert times.min() >= 1
     assert times.max() <= math.ceil(block_size / stride)
     if n > 1:
         _, before_the_last = get_batch(tokens, block_size, [n - 2], stride)
         assert before_the_last.max() < n_tokens - 1, 'the last one is needed'
+
+
+@settings(deadline=None)
+@any_overlap
+def test_later_epochs_begin_elsewhere(n_tokens, block_size, fraction):
+    stride = max(1, round(fraction * block_size))
+    tokens = positions(n_tokens)
+    n = count_windows(tokens, block_size, stride)
+    shifts = []
+    for epoch in range(6):
+        starts = training_starts(epoch * n, n, n, stride, seed=3)
+        x, y = read_windows(tokens, block_size, starts)
+        counts = y != IGNORE
+        assert counts.any(1).all(), 'no window is empty'
+        assert torch.equal(x[counts], y[counts] - 1)
+        assert count_targets(tokens, block_size, starts) == counts.sum()
+        (shift,) = set((training_order(epoch * n, n, n, seed=3) * stride - starts).tolist())
+        assert 0 <= shift < stride
+        times = np.bincount(y[counts], minlength=n_tokens)[1:]
+        assert times[: n_tokens - 1 - shift].min(initial=1) >= 1
+        assert times.max() <= math.ceil(block_size / stride)
+        shifts.append(shift)
+    assert shifts[0] == 0, 'the first epoch has all targets'
+    assert n > 1 or not any(shifts), 'a text of one window stays as it is'
+    assert n == 1 or stride < 20 or len(set(shifts)) > 3
+
+
+def test_shifts_are_drawn_from_all_of_a_window_by_seed_and_epoch():
+    drawn = {}
+    for seed in (1, 2):
+        starts = training_starts(0, 20_000, 2, 64, seed)  # 10,000 epochs of two windows
+        drawn[seed] = -starts.reshape(-1, 2).min(1)
+        counts = np.bincount(drawn[seed][1:], minlength=64)
+        expected = 9_999 / 64
+        assert ((counts - expected) ** 2 / expected).sum() < 110  # p = 0.0002
+        assert np.array_equal(starts[7:99], training_starts(7, 92, 2, 64, seed))
+    assert (drawn[1] == drawn[2]).mean() < 0.03
 
 
 def test_windows_past_the_end_are_all_padding():
@@ -91,6 +139,76 @@ def test_memory_stays_flat_over_100_000_batches(tmp_path):
         if step == 10:
             before = memory()
     assert memory() - before < 1024, 'KiB'
+
+
+# -----------------------------------------------------------------------------
+# a split in several files
+
+
+def write_files(folder, tokens, cuts, header=b''):
+    """Write tokens into files that end at the cuts. Returns their paths."""
+    paths = []
+    ends = [*sorted(set(cuts) & set(range(1, len(tokens)))), len(tokens)]
+    for start, end in itertools.pairwise([0, *ends]):
+        path = Path(folder, f'{len(paths):03}.bin')
+        path.write_bytes(header + tokens[start:end].tobytes())
+        paths.append(path)
+    return paths
+
+
+@settings(deadline=None)
+@given(
+    n_tokens=st.integers(2, 150),
+    block_size=st.integers(1, 50),
+    stride=st.integers(1, 50),
+    cuts=st.lists(st.integers(1, 150), max_size=150),
+    header=st.sampled_from([b'', bytes(1024)]),
+)
+def test_any_cuts_of_a_split_give_the_same_windows(n_tokens, block_size, stride, cuts, header):
+    whole = positions(n_tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_files(folder, whole, cuts, header)
+        tokens = open_tokens(paths, np.dtype('<u2'), len(header))
+        n = count_windows(tokens, block_size, stride)
+        assert n == count_windows(whole, block_size, stride)
+        ids = np.arange(n + 1)  # the last one is past the end
+        n_targets = count_targets(whole, block_size, ids * stride)
+        assert count_targets(tokens, block_size, ids * stride) == n_targets
+        for a, b in zip(
+            get_batch(tokens, block_size, ids, stride),
+            get_batch(whole, block_size, ids, stride),
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('cuts', [[], [1], [3, 4, 5], range(9)])
+def test_any_slice_of_several_files_is_that_of_the_whole(tmp_path, cuts):
+    whole = positions(9)
+    tokens = open_tokens(write_files(tmp_path, whole, cuts), np.dtype('<u2'))
+    assert len(tokens) == 9
+    ends = [None, *range(-11, 12)]
+    for start, stop in itertools.product(ends, ends):
+        piece = tokens[start:stop]
+        assert piece.dtype == np.uint16
+        assert piece.tolist() == whole[start:stop].tolist()
+
+
+def test_a_thousand_files_need_no_thousand_open_files(tmp_path):
+    resource = pytest.importorskip('resource')
+    paths = write_files(tmp_path, positions(3000), range(0, 3000, 3))
+    assert len(paths) == 1000
+    n_open = len(os.listdir('/proc/self/fd')) if os.path.exists('/proc/self/fd') else 100
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (n_open + 120, limits[1]))
+    try:
+        tokens = open_tokens(paths, np.dtype('<u2'))
+        assert np.array_equal(tokens[:], positions(3000))
+        order = training_order(0, 299, count_windows(tokens, 10), seed=1)
+        x, _ = get_batch(tokens, 10, order)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert x[:, 0].tolist() == (10 * order).tolist()
 
 
 # -----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import documents
+import sources
 import tokenizer as tk
 from runtime import UserError
 
@@ -30,10 +31,10 @@ def test_the_tokens_of_the_pieces_are_those_of_the_text(kind):
         if kind == 'char':
             known = encoding.ranks
             text = ''.join(char for char in text if char.encode() in known)
-        with tempfile.TemporaryDirectory() as folder, mock.patch.object(documents, 'PIECE', size):
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(sources, 'PIECE', size):
             path = Path(folder, 'x.txt')
             path.write_bytes(text.encode(errors='ignore'))
-            pieces = list(documents.read_text(path))
+            pieces = list(sources.read_text(sources.open_local(path)))
         text = text.encode(errors='ignore').decode()
         assert ''.join(piece for piece, _ in pieces) == text
         assert [ends for _, ends in pieces][-1]
@@ -44,7 +45,7 @@ def test_the_tokens_of_the_pieces_are_those_of_the_text(kind):
 
 
 def test_a_long_text_is_read_in_pieces_whatever_its_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, 'PIECE', 1000)
+    monkeypatch.setattr(sources, 'PIECE', 1000)
     path = tmp_path / 'x.txt'
     texts = {
         'word ' * 5000: 20,
@@ -54,11 +55,11 @@ def test_a_long_text_is_read_in_pieces_whatever_its_lines(tmp_path, monkeypatch)
     }
     for text, many in texts.items():
         path.write_bytes(text.encode())
-        pieces = list(documents.read_text(path))
+        pieces = list(sources.read_text(sources.open_local(path)))
         assert ''.join(piece for piece, _ in pieces) == text and len(pieces) > many
         assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True]
     path.write_text('one\n<|endoftext|>\n' + 'two ' * 3000 + '\n<|endoftext|>\nthree')
-    ends = [text for text, ends in documents.read_text(path) if ends]
+    ends = [text for text, ends in sources.read_text(sources.open_local(path)) if ends]
     assert ends[0] == 'one\n' and ends[1].endswith('two \n') and ends[2] == 'three'
 
 

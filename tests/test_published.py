@@ -28,6 +28,7 @@ from tokenizers import (
 from transformers import AutoTokenizer
 
 import documents
+import sources
 import tokenizer as tk
 from inference import TextStream, encode_prompt
 from runtime import UserError
@@ -429,6 +430,7 @@ def long_text(seed):
 @pytest.mark.parametrize('name', LAYOUTS)
 def test_pieces_have_the_ids_of_the_whole_document(layouts, monkeypatch, tmp_path, name):
     monkeypatch.setattr(documents, 'PIECE', 300)
+    monkeypatch.setattr(sources, 'PIECE', 300)
     ours = tk.load(layouts[name])
     monkeypatch.setattr(ours, 'find_changes', lambda *args: {})  # of few_bytes
     theirs = open_library(layouts[name])
@@ -437,7 +439,7 @@ def test_pieces_have_the_ids_of_the_whole_document(layouts, monkeypatch, tmp_pat
         texts = [long_text(seed), 'Short.\n', long_text(-seed)]
         path.write_text(f'\n{tk.END_OF_TEXT}\n'.join(texts), newline='')
         texts = [text + '\n' for text in texts[:2]] + texts[2:]
-        divided = (('train', *piece) for piece in documents.read_text(path))
+        divided = (('train', *piece) for piece in sources.read_text(sources.open_local(path)))
         pieces = list(documents.join_pieces(divided, ours))
         assert ''.join(text for _, text, _ in pieces) == ''.join(texts)
         assert [ends for _, _, ends in pieces].count(True) == 3
@@ -446,9 +448,9 @@ def test_pieces_have_the_ids_of_the_whole_document(layouts, monkeypatch, tmp_pat
         elif name in LOSSLESS:
             assert len(pieces) > 25
 
-        batches = documents.in_batches(iter(pieces))
+        batches = ((split, batch) for split, batch, _ in documents.in_batches(iter(pieces)))
         encoded = documents.encode_all(batches, ours, ours.end_of_text, '<u4', n_threads=2)
-        ids = [id for _, batch, *_ in encoded for id in batch.tolist()]
+        ids = [id for _, _, batch, *_ in encoded for id in batch.tolist()]
         expected = []
         for text in texts:
             expected += [*library_ids(theirs, text), ours.end_of_text]
@@ -504,6 +506,7 @@ def test_a_change_is_noted_once_with_its_count(layouts, run, name):
 def test_what_is_not_changed_has_no_note(layouts, run, monkeypatch, name):
     # is noted, though the document as a whole is as it was.
     monkeypatch.setattr(documents, 'PIECE', 300)
+    monkeypatch.setattr(sources, 'PIECE', 300)
     text = 'and so, my lord, and so it is.\n' * 100
     result = prepare(run, layouts[name], text=text)
     notes = [line for line in result.out.splitlines() if 'Note: the tokenizer' in line]

@@ -132,6 +132,18 @@ def test_a_script_that_begins_is_ended_by_ctrl_c_at_once():
     assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
+def test_signals_raise_where_something_is_to_be_removed():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    runtime.raise_on_signals()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(SystemExit, match='143'):
+        signal.raise_signal(signal.SIGTERM)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background
+    runtime.raise_on_signals()
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
 def test_one_process_alone_prints():
     code = "runtime.begin_script(); print('hello')"
     for rank, expected in {'0': 'hello\n', '1': ''}.items():

@@ -10,7 +10,7 @@ import torch
 from conftest import TINY, command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, sample_next
 
 RULER = '-' * 80
 
@@ -48,6 +48,35 @@ def test_greedy_samples_are_all_the_same_and_the_same_as_top_1(run, trained):
     first, second, _ = out.split(f'{RULER}\n')
     assert first == second and 'the quick brown fox jumps over' in first
     assert sample(run, *flags, '--top_k=1') == out
+
+
+@pytest.mark.parametrize('temperature', ['1e-8', '1e-39', '1e-45', '1e-320'])
+@pytest.mark.parametrize('more', [[], ['--top_k=None', '--top_p=0.9', '--min_p=0.1']])
+def test_a_tiny_temperature_is_greedy(run, trained, temperature, more):
+    flags = ['--start=the quick', '--num_samples=1', '--max_new_tokens=35', *more]
+    greedy = sample(run, *flags, '--temperature=0')
+    assert 'the quick brown fox jumps over' in greedy
+    assert sample(run, *flags, f'--temperature={temperature}') == greedy
+
+
+@pytest.mark.parametrize('scale', [1e-3, 1, 1e6])
+@pytest.mark.parametrize('more', [{}, {'top_k': 4}, {'top_p': 0.7}, {'min_p': 0.1}], ids=str)
+def test_any_temperature_draws_as_float64_says(scale, more):
+    # The most likely first; the first two are neighbours in float32.
+    logits = scale * torch.tensor([[1.0, 1 - 2**-24, 0.9, 0.5, -3.0, -1e4]])
+    generator = torch.Generator().manual_seed(1)
+    for temperature in (1e-320, 1e-45, 1e-39, 1e-30, 1e-8, 6e-8, 1e-3, 0.7, 1e3, 1e30, 1e39, 1e300):
+        rows = logits.flip(-1).expand(20_000, -1)
+        drawn = 5 - sample_next(rows, None, generator, temperature, **more)[:, 0]
+        found = drawn.bincount(minlength=6) / 20_000
+
+        below_the_best = logits[0].double() - logits[0, 0].double()
+        expected = (below_the_best / max(temperature, 1e-300)).softmax(0)
+        mass_before = expected.cumsum(0) - expected
+        expected[more.get('top_k', 6) :] = 0
+        expected[mass_before >= more.get('top_p', 2)] = 0
+        expected[expected < more.get('min_p', 0) * expected[0]] = 0
+        assert (found - expected / expected.sum()).abs().max() < 0.02, temperature
 
 
 def test_the_best_or_the_last_checkpoint_is_used(run, trained, tmp_path):

@@ -21,7 +21,15 @@ from torch.nn import functional as F
 import checkpoint
 import model as model_module
 import tokenizer
-from data import IGNORE, Dataset, count_windows, get_batch, training_order
+from data import (
+    IGNORE,
+    Dataset,
+    count_windows,
+    get_batch,
+    read_windows,
+    training_order,
+    training_starts,
+)
 from model import GPT, GPTConfig
 from optim import parameter_groups
 
@@ -79,7 +87,8 @@ def test_one_batch_can_be_learned_by_heart(run, tmp_path):
     text = 'To be, or not to be, that is the question: Whether tis nobler in the mind to suffer. '
     (tmp_path / 'sheep.txt').write_text(text)
     assert run('prepare.py', '--input=sheep.txt', '--tokenizer=char').code == 0
-    train(run, '--max_iters=150', '--learning_rate=1e-2', '--block_size=16', '--batch_size=5')
+    # A text of one window, which is the same each time.
+    train(run, '--max_iters=150', '--learning_rate=1e-2', '--block_size=75', '--batch_size=1')
     assert losses(tmp_path / 'out', 'loss')[150] < 0.05
 
 
@@ -153,8 +162,9 @@ def test_overlapping_windows_weigh_every_target_of_a_step_alike(run, sheep, tmp_
     n = count_windows(data.train, 32, 8)
     assert n > 4 * count_windows(data.train, 32) - 8
     for step, logged in losses(tmp_path / 'out', 'loss').items():
-        order = training_order(600 * (step - 1), 600, n, seed=3)
-        assert logged == pytest.approx(model(*get_batch(data.train, 32, order, 8)).item(), rel=1e-5)
+        starts = training_starts(600 * (step - 1), 600, n, 8, seed=3)
+        expected = model(*read_windows(data.train, 32, starts)).item()
+        assert logged == pytest.approx(expected, rel=1e-5)
     assert 'steps   4, each 600 x 1 x 32 = 19,200 tokens' in result.out
     assert 'stride=33: must be from 1 to 32' in train(run, '--stride=33', out='other', code=1).err
 
