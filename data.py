@@ -28,7 +28,7 @@ import torch
 import tokenizer as tokenizers
 from model import IGNORE, PUBLISHED
 from runtime import UserError
-from tokens import checksum, in_parts, open_tokens
+from tokens import checksum, in_parts, open_tokens, split_files
 
 ROUNDS = 6  # of the network that shuffles
 SPLITS = ('train', 'val')
@@ -68,9 +68,9 @@ class Dataset:
             how = f'make it again with: {command} ({reason})'
             raise UserError(f'{self.folder} is damaged, {how}') from None
         if 'header_bytes' in self.meta:
-            known = [name for split in SPLITS for name in self.meta[split].get('files', [])]
+            known = [name for split in SPLITS for name in split_files(self.meta, split)]
             found = [name for names in find_token_files(self.folder).values() for name in names]
-            if set(found) - {*known, 'train.bin', 'val.bin'}:
+            if set(found) - set(known):
                 print(f'Note: {self.folder} has new files: delete its meta.json to take them in.')
 
     def load(self, verify):
@@ -86,7 +86,7 @@ class Dataset:
     def open_split(self, split, verify):
         meta = self.meta[split]
         expected = int(meta['tokens'])
-        files = meta.get('files') or [f'{split}.bin']
+        files = split_files(self.meta, split)
         existing = list_folder(self.folder)
         for file in files:  # whoever wrote meta.json, a file of the list is inside the folder
             if file not in existing:
@@ -253,7 +253,8 @@ def describe_gpt2_tokens(paths, tokenizer, header_bytes):
         for part in in_parts(tokens):
             counts += np.bincount(part, minlength=2**16)
             digest.update(part)
-        if not counts[:end_of_text].any() or counts[tokenizer.n_vocab :].any():
+        is_gpt2 = counts[:end_of_text].any() and not counts[tokenizer.n_vocab :].any()
+        if not can_be_mapped or not is_gpt2:
             what = "GPT-2's tokens, 16 bits each"
             raise UserError(f'{path} does not hold {what}: prepare the text again.')
 
@@ -421,7 +422,7 @@ class Mixture:
         for other in others:
             if not tokenizers.same_vocabulary(first.tokenizer, other.tokenizer):
                 what = f'{first.folder} and {other.folder} have different vocabularies'
-                raise UserError(f'{what}: prepare both texts with the same --tokenizer.')
+                raise UserError(f'{what}: prepare the other with --tokenizer={first.folder}.')
 
     def describe(self):
         """The datasets, a line for each, as the terminal shows them."""
@@ -449,8 +450,8 @@ class Mixture:
         Each row is the number of a dataset and where the window begins in its training split. Of
         the first p positions the first dataset has floor(p * share); the others divide what is left
         in the same way. So of any first p positions each of two datasets has its share to within
-        one window. Of more, the i-th has less than one too few and, as the largest share comes
-        first, less than 1 + 1/2 + ... + 1/(i - 1) too many. Each has its own order of windows.
+        one window. Of more, none is a whole window short, and the i-th is less than 1 + 1/2 + ...
+        + 1/(i - 1) windows ahead, as the largest share comes first. Each has its own order.
         """
         windows = np.empty((count, 2), dtype=np.int64)
         rows = np.arange(count)  # of the positions that are left
@@ -502,7 +503,7 @@ def parse_mixture(text, root='data'):
         return [text], [Fraction(1)]
     weights = {}
     for part in text.split(','):
-        match = re.fullmatch(r'(.+):(\d+\.?\d*|\.\d+)', part)
+        match = re.fullmatch(r'(.+):(\d+\.?\d*|\.\d+)', part.strip())
         if not match or Fraction(match[2]) == 0:
             what = f"dataset='{text}': '{part}' must be a name and a weight above 0"
             raise UserError(f'{what}, as in --dataset=a:0.5,b:0.5')

@@ -141,16 +141,16 @@ def nearest_bound(lengths, fraction, seed):
 
     At least one document is on each side of it.
     """
-    draws = []
+    draws = array('d')
     for part_number, of_part in enumerate(lengths):
         rng = random.Random(seed + part_number)
-        draws += [(rng.random(), length) for length in of_part]
-    draws.sort()
+        draws.extend(rng.random() for _ in of_part)
+    order = np.argsort(draws)
     # val_lengths[i]: the characters of 'val' if it has the documents up to i.
-    val_lengths = np.cumsum([length for _, length in draws])
+    val_lengths = np.concatenate(lengths)[order].cumsum()
     distances = np.abs(val_lengths - fraction * val_lengths[-1])
     nearest = distances[:-1].argmin()
-    return draws[nearest + 1][0]
+    return draws[order[nearest + 1]]
 
 
 # -----------------------------------------------------------------------------

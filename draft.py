@@ -1,7 +1,7 @@
 """A dataset in the making: tokens so far, on the disk, so that an interrupted prepare.py goes on.
 
     data/.NAME.draft/        or data/NAME-3-of-16/, what one of 16 machines makes of it
-      job.json               what was asked for, and what follows from it: the first to be there
+      job.json               what was asked for, and what follows from it: without it, no draft
       tokenizer.json, ...
       train_00000.bin, ...   the tokens so far, in files of FILE_BYTES
       batches.jsonl          a line per batch of texts whose tokens are on the disk
@@ -25,13 +25,16 @@ import numpy as np
 
 import tokenizer as tokenizers
 from runtime import UserError, lock_file
-from tokens import checksum, open_tokens
+from tokens import checksum, open_tokens, split_files
 
 FILE_BYTES = 2**30  # of a file of tokens; the last one has what is left
 SECONDS = 2  # after which what has been tokenized is flushed to the disk
 SPLITS = ('train', 'val')
+NOTHING = (-1, -1)  # the place before the first batch
 JOB = 'job.json'
 BATCHES = 'batches.jsonl'
+_OTHERS = ('.lock', JOB, f'{JOB}.tmp', BATCHES, 'meta.json', *tokenizers.FILES)
+OURS = re.compile(r'(train|val)_[0-9]+\.bin|' + '|'.join(map(re.escape, _OTHERS)))
 
 
 class Draft:
@@ -45,11 +48,14 @@ class Draft:
         self.folder = Path(folder)
         self.job = job
         self.totals = new_totals()
-        self.last = (-1, -1)
+        self.last = NOTHING
         self.files = {}
         self.waiting = []  # lines of batches.jsonl, until the tokens are on the disk
         self.flushed = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.iterdir():
+            if not OURS.fullmatch(path.name):
+                raise UserError(f'{path} is in the way, where tokens are to be: move it.')
         lock_file(self.folder / '.lock', f'Another process prepares {self.folder}: wait for it.')
 
     def open(self, facts, encoding):
@@ -59,7 +65,9 @@ class Draft:
         left is deleted.
         """
         self.facts = facts
-        if find_facts(self.folder, self.job) is None or not self.is_complete():
+        if find_facts(self.folder, self.job) is None or not is_complete(self.folder, facts):
+            if (self.folder / JOB).exists():
+                print(f'Note: {self.folder} was made of other text or with other flags: anew.')
             self.clear()
             tokenizers.save(encoding, self.folder)
             self.save_job(done=False)
@@ -74,27 +82,19 @@ class Draft:
             n_tokens = self.totals[split]['tokens']
             self.files[split] = TokenFiles(self.folder, split, facts['dtype'], n_tokens)
 
-    def is_complete(self):
-        """Tell whether the tokens are there that batches.jsonl says are there."""
-        totals = new_totals()
-        for row in read_batches(self.folder):
-            add_up(totals, row)
-        for split in SPLITS:
-            sizes = [path.stat().st_size for path in token_files(self.folder, split)]
-            if sum(sizes) < totals[split]['tokens'] * np.dtype(self.facts['dtype']).itemsize:
-                return False
-        return True
-
     def clear(self):
-        """Delete everything but the lock."""
-        for path in self.folder.iterdir():
-            if path.name != '.lock':
-                path.unlink()
+        """Delete everything but the lock, and first what makes it a draft."""
+        paths = [path for path in self.folder.iterdir() if path.name != '.lock']
+        for path in sorted(paths, key=lambda path: path.name != JOB):
+            path.unlink()
 
     def save_job(self, done):
         contents = {'job': self.job, 'facts': self.facts, 'done': done}
         temporary = self.folder / f'{JOB}.tmp'
-        temporary.write_text(json.dumps(contents, indent=1) + '\n')
+        with open(temporary, 'w') as file:
+            file.write(json.dumps(contents, indent=1) + '\n')
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, self.folder / JOB)
 
     def add(self, row, ids):
@@ -115,6 +115,10 @@ class Draft:
         os.fsync(self.index.fileno())
         self.waiting = []
         self.flushed = time.monotonic()
+
+    def is_empty(self):
+        """Tell whether there is nothing on the disk to go on with."""
+        return not self.index.tell()
 
     def finish(self):
         """Close the files: all batches have been added."""
@@ -165,19 +169,18 @@ class TokenFiles:
 
 
 def token_files(folder, split):
-    """List the files of a split's tokens in a draft, in order."""
-    return sorted(Path(folder).glob(f'{split}_*.bin'))
+    """List the files of a split's tokens in a draft, in order, without an empty one."""
+    return sorted(path for path in Path(folder).glob(f'{split}_*.bin') if path.stat().st_size)
 
 
 def read_job(folder):
-    """Read what job.json of a folder says, None if there is none."""
-    path = Path(folder, JOB)
+    """Read what job.json of a folder says, {} if there is none, or a damaged one."""
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise UserError(f'{path} is damaged: delete its folder, and prepare it again.') from None
+        saved = json.loads(Path(folder, JOB).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    is_whole = isinstance(saved, dict) and {'job', 'facts', 'done'} <= saved.keys()
+    return saved if is_whole else {}
 
 
 def find_facts(folder, job):
@@ -194,8 +197,25 @@ def read_batches(folder):
         return
     with open(Path(folder, BATCHES), 'rb') as lines:
         for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:  # cut off, or damaged: what follows is not to be trusted either
+                return
             if line.endswith(b'\n'):
-                yield {**json.loads(line), 'line_bytes': len(line)}
+                yield {**row, 'line_bytes': len(line)}
+
+
+def is_complete(folder, facts):
+    """Tell whether the tokens are on the disk that batches.jsonl says are there."""
+    totals = new_totals()
+    for row in read_batches(folder):
+        add_up(totals, row)
+    itemsize = np.dtype(facts['dtype']).itemsize
+    for split in SPLITS:
+        n_bytes = sum(path.stat().st_size for path in token_files(folder, split))
+        if n_bytes < totals[split]['tokens'] * itemsize:
+            return False
+    return True
 
 
 # -----------------------------------------------------------------------------
@@ -227,7 +247,7 @@ def add_up(totals, row):
 def find_shards(target):
     """List the folders NAME-1-of-16 to NAME-16-of-16. Raises UserError if one is missing."""
     name = re.compile(rf'{re.escape(target.name)}-(\d+)-of-(\d+)')
-    found = [name.fullmatch(path.name) for path in target.parent.glob(f'{target.name}-*')]
+    found = [name.fullmatch(path.name) for path in target.parent.glob('*-of-*')]
     counts = {int(match[2]) for match in found if match}
     if len(counts) != 1:
         what = f'parts of {len(counts)} different numbers' if counts else 'no parts'
@@ -248,15 +268,16 @@ def join(folders, into):
     """
     jobs = [read_job(folder) for folder in folders]
     for folder, saved in zip(folders, jobs, strict=True):
-        if not (saved and saved['done']):
-            raise UserError(f'{folder} is not complete: run its command again.')
+        if not (saved and saved['done'] and is_complete(folder, saved['facts'])):
+            raise UserError(f'{folder} is not complete: run its command again, or copy it anew.')
         if comparable(saved) != comparable(jobs[0]):
             what = f'{folder} was made of other text, or with other flags, than {folders[0]}'
             raise UserError(f'{what}: prepare it again.')
 
     facts = jobs[0]['facts']
+    encoding = tokenizers.load(folders[0], {'eos': facts['end_of_text']})
     draft = Draft(into, {'time': time.time()})  # another join does not go on with it
-    draft.open(facts, tokenizers.load(folders[0], {'eos': facts['end_of_text']}))
+    draft.open(facts, encoding)
     tokens = {}
     begin = {}
     for folder in folders:
@@ -268,6 +289,10 @@ def join(folders, into):
         end = begin[key] + row['tokens']
         draft.add(row, np.asarray(tokens[key][begin[key] : end]))
         begin[key] = end
+    for key, n_tokens in begin.items():
+        if n_tokens != len(tokens[key]):  # lines of batches.jsonl are missing
+            draft.delete()
+            raise UserError(f'Something of {key[0]} is missing: copy it here again.')
     draft.finish()
     return draft
 
@@ -289,8 +314,7 @@ def comparable(saved):
 def publish(draft, target, meta):
     """Make a finished draft the dataset in a folder, with a meta.json.
 
-    The old files of tokens leave first, and the first new one comes last: with it, the dataset is
-    complete.
+    The old train.bin leaves first, and the new one comes last: with it, the dataset is complete.
     """
     moves = {}  # {file of the draft: its name in the dataset}
     for name in tokenizers.FILES:
@@ -298,8 +322,6 @@ def publish(draft, target, meta):
             moves[draft.folder / name] = name
     for split in reversed(SPLITS):
         paths = token_files(draft.folder, split)
-        if len(paths) > 1 and not paths[-1].stat().st_size:
-            paths.pop()
         names = [path.name for path in paths]
         meta[split] = dict(draft.totals[split])
         if len(paths) > 1:
@@ -307,14 +329,17 @@ def publish(draft, target, meta):
         else:
             names = [f'{split}.bin']
         meta[split]['sha256'] = checksum(open_tokens(paths, draft.facts['dtype']))
-        moves |= dict(reversed([*zip(paths, names, strict=True)]))
+        pairs = [*zip(paths, names, strict=True)]
+        moves |= dict(pairs[::-1])  # the first file last: with it, the dataset is there
     (draft.folder / 'meta.json').write_text(json.dumps(meta, indent=1) + '\n')
     moves = {draft.folder / 'meta.json': 'meta.json', **moves}
 
     target.mkdir(parents=True, exist_ok=True)
-    old = [target / name for name in (*tokenizers.FILES, 'train.bin', 'val.bin')]
-    for path in (*old, *token_files(target, 'train'), *token_files(target, 'val')):
+    old = [target / 'train.bin', *token_files(target, 'train')]
+    old += [target / 'val.bin', *token_files(target, 'val')]
+    for path in (*old, *(target / name for name in tokenizers.FILES)):
         path.unlink(missing_ok=True)
+    (draft.folder / JOB).unlink()  # from now on nobody can go on with it
     for path, name in moves.items():
         os.replace(path, target / name)
     draft.delete()
@@ -322,5 +347,5 @@ def publish(draft, target, meta):
 
 def open_split(folder, meta, split):
     """Open the tokens of a split of a dataset."""
-    names = meta[split].get('files') or [f'{split}.bin']
-    return open_tokens([folder / name for name in names], np.dtype(meta['dtype']))
+    paths = [folder / name for name in split_files(meta, split)]
+    return open_tokens(paths, np.dtype(meta['dtype']))

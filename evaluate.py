@@ -13,7 +13,7 @@ target, so it has at least block_size - stride tokens before it. Multiple choice
 log-likelihood, raw (`acc`) and per character (`acc_norm`).
 """
 
-from runtime import UserError, begin_script, make_autocast, pick_device, pick_dtype
+from runtime import UserError, begin_script, brief, make_autocast, pick_device, pick_dtype
 
 begin_script()  # first, so that Ctrl-C ends the imports as well: they take seconds
 
@@ -114,7 +114,7 @@ def eval_text():
         data = open_dataset()
         source = f'{data.folder}, {split}'
         tokens = data.val if split == 'val' else data.train
-        tokens = tokens[:]  # in one piece, where it is in several files
+        tokens = tokens[:]  # in memory, where it is in several files
         texts = decode_texts(tokens)
         n_bytes = data.meta[split]['bytes']
 
@@ -155,9 +155,7 @@ def read_texts(paths):
     pieces = itertools.chain.from_iterable(sources.read_part([f], text_column) for f in files)
     for piece, ends in pieces:
         text += piece or ''  # None: a blank text
-        if not text:
-            continue
-        if ends:
+        if ends and text:
             texts.append(text)
             text = ''
     return texts
@@ -247,7 +245,7 @@ def load_rows(task, source):
     except StopIteration:  # an empty file
         return []
     except Exception as error:  # the Hub's client and the readers have many
-        raise UserError(f'{task}={source} cannot be read: {sources.brief(error)}') from None
+        raise UserError(f'{task}={source} cannot be read: {brief(error)}') from None
 
 
 def check_row(task, row, where):

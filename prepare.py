@@ -120,7 +120,7 @@ def default_name(path):
 def find_corpus():
     """Return the Corpus that the knobs describe."""
     if dataset.startswith('hf:'):
-        corpus = Corpus(dataset.removeprefix('hf:'))
+        corpus = Corpus(os.path.expanduser(dataset.removeprefix('hf:')))
     elif dataset in CORPORA:
         corpus = CORPORA[dataset]
     else:
@@ -134,7 +134,7 @@ def find_corpus():
         val_split=val_split or corpus.val_split,
         column=text_column or corpus.column,
     )
-    return corpus._replace(split=corpus.split.format(corpus.configuration))
+    return corpus._replace(split=corpus.split.replace('{}', str(corpus.configuration)))
 
 
 def describe_job(splits, column):
@@ -147,11 +147,15 @@ def describe_job(splits, column):
     for key, files in splits.items():
         job['files'][key] = [[Path(file.name).name, file.size] for file in files]
         job['stamps'] += [[file.name, file.stamp] for file in files]
-    if os.path.isdir(os.path.expanduser(tokenizer)):
-        contents = Path(tokenizer, 'tokenizer.json').expanduser()
-        if contents.is_file():
-            job['tokenizer'] = hashlib.sha256(contents.read_bytes()).hexdigest()
+    if encoding is not None:  # it is not made from the text
+        job['tokenizer'] = hash_files(encoding)
     return job
+
+
+def hash_files(encoding):
+    """Return by what a tokenizer is recognized: the hash of its files, and its end-of-text."""
+    digest = hashlib.sha256(repr(sorted(encoding.files.items())).encode())
+    return [digest.hexdigest(), encoding.end_of_text]
 
 
 def survey_corpus(parts, column, sizes):
@@ -161,7 +165,7 @@ def survey_corpus(parts, column, sizes):
     """
     n_bytes = None if streaming else sum(size or 0 for size in sizes)
     lengths = None
-    several = from_hub
+    several = True  # of what is streamed
     if not streaming:
         found, bytes_seen, is_complete = documents.survey(parts['train'], column, None in sizes)
         if not any(found):
@@ -213,13 +217,15 @@ def read_batches(parts, column, encoding, division, last):
             number += 1
             # Where there are fewer parts than shards, these take turns within a part.
             by_part = n_parts >= n_shards
-            if number < last[0] or (by_part and number % n_shards != shard_number):
+            is_of_another = by_part and number % n_shards != shard_number
+            if number < last[0] or is_of_another:
                 continue
             rule = division if key == 'train' else documents.Division(None, 1.0, seed)
             divided = documents.divide(sources.read_part(part, column), rule, index)
             batches = documents.in_batches(documents.join_pieces(divided, encoding))
             for batch, (piece_split, pieces, n_blank) in enumerate(batches):
-                is_mine = by_part or batch % n_shards == shard_number
+                # Of two batches, one is of validation.
+                is_mine = by_part or batch // 2 % n_shards == shard_number
                 if (number, batch) > last and is_mine and (pieces or n_blank):
                     row = {'part': number, 'batch': batch, 'split': piece_split, 'blank': n_blank}
                     yield row, pieces
@@ -228,7 +234,7 @@ def read_batches(parts, column, encoding, division, last):
 def write_batches(draft, parts, column, encoding):
     """Tokenize what is behind the last place of a draft, and add it, up to max_tokens."""
     train, val = (draft.totals[key] for key in drafts.SPLITS)
-    if draft.last >= (0, 0):
+    if draft.last != drafts.NOTHING:
         print(f'Going on behind the {train["tokens"]:,} tokens of {draft.folder}.')
     facts = draft.facts
     separator = encoding.end_of_text if facts['several'] else None
@@ -244,7 +250,7 @@ def write_batches(draft, parts, column, encoding):
     # The two are closed whatever happens: their threads end, and a Hub's readers.
     with tqdm(**options) as bar, contextlib.closing(batches), contextlib.closing(encoded):
         for row, oddities, ids, n_tokens, sizes, ends, changes in encoded:
-            # A single text is still read to its end, where its validation split is.
+            # Where validation has no document yet, it is the end of a single text: read on.
             limit = max_tokens or math.inf
             if train['tokens'] >= limit and val['documents']:
                 break
@@ -297,8 +303,6 @@ def print_report(target, meta, oddities, encoding):
         share = n_copies / max(1, n_documents)
         lengths = f'{shortest:,} to {longest:,} tokens each'
         print(f'documents  {n_documents:,}, {lengths}; {share:.1%} are copies of one before')
-    if oddities['blank']:
-        print(f'left out   {oddities["blank"]:,} without text')
     controls = f'{oddities["controls"]:,} control characters'
     print(f'odd        {controls}, {oddities["replaced"]:,} that were replaced by U+FFFD')
     print('Five pieces of the training text, as the model will see them:')
@@ -320,7 +324,7 @@ check_range(config, 1, 2**24, 'vocab_size')
 check_range(config, 0, 2**63, 'seed')
 
 from_hub = input is None and dataset != 'shakespeare'
-dataset_name = name or dataset.split('/')[-1]
+dataset_name = name or dataset.removeprefix('hf:').rstrip('/').split('/')[-1]
 if input is not None:
     dataset_name = name or default_name(input.split(',')[0])
 target = Path('data') / dataset_name
@@ -358,7 +362,7 @@ if tokenizer not in ('bpe', 'char') and not merge:  # those two are made from th
     encoding = tokenizers.build(tokenizer)
 
 draft_folder = target.with_name(f'.{target.name}.draft')
-if n_shards > 1:
+if shard is not None:
     draft_folder = target.with_name(f'{target.name}-{shard_number + 1}-of-{n_shards}')
 
 # -----------------------------------------------------------------------------
@@ -380,9 +384,11 @@ else:
         source = [Path(file.name).name for file in splits['train']]
     if val_input is not None:
         splits['val'] = sources.find_files(val_input, extensions)
-        both = {file.name for file in splits['val']} & {file.name for file in splits['train']}
-        if both:
-            raise UserError(f'{both.pop()} is both in input and in val_input: leave it out of one.')
+        paths = {os.path.realpath(file.name) for file in splits['train']}
+        for file in splits['val']:
+            if os.path.realpath(file.name) in paths:
+                what = f'{file.name} is both in input and in val_input'
+                raise UserError(f'{what}: leave it out of one.')
     parts = {key: sources.make_parts(files) for key, files in splits.items()}
 
     job = describe_job(splits, column)
@@ -397,6 +403,7 @@ else:
             raise UserError(f'The tokenizer {tokenizer} {how}.')
         facts['source'] = source
         facts['end_of_text'] = encoding.end_of_text
+        facts['tokenizer'] = hash_files(encoding)
         facts['dtype'] = '<u2' if encoding.n_vocab <= 2**16 else '<u4'  # of the .bin files
     elif encoding is None:
         encoding = tokenizers.load(draft_folder)
@@ -406,7 +413,7 @@ else:
         draft.open(facts, encoding)
         write_batches(draft, parts, column, encoding)
     except UserError:
-        if not streaming:  # else it may be the network, and there is something to go on with
+        if draft.is_empty():
             draft.delete()
         raise
     except (KeyboardInterrupt, SystemExit):
@@ -414,7 +421,7 @@ else:
         raise
     draft.finish()
 
-if n_shards > 1:
+if shard is not None:
     print(f'{draft_folder} is done, {draft.totals["train"]["tokens"]:,} tokens to train on.')
     print(f'When all {n_shards} are in one folder data, join them there with:')
     print(f'python prepare.py --name={target.name} --merge')
@@ -442,6 +449,10 @@ oddities = draft.totals['oddities']
 if oddities['end_of_text'] and encoding.kind != 'published':
     print(f'Note: {tokenizers.END_OF_TEXT} inside a line or a table is plain text, which it is')
     print(f'{oddities["end_of_text"]:,} times. A line of its own, in a text file, ends a document.')
+if oddities['blank']:
+    print(f'Note: {oddities["blank"]:,} rows or documents without text are left out.')
+if merge:
+    print(f'The parts, {target}-1-of-N and so on, can be deleted.')
 n_bytes = {key: meta[key]['bytes'] for key in drafts.SPLITS}
 val_share = n_bytes['val'] / sum(n_bytes.values())
 fraction = facts['fraction']

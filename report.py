@@ -252,11 +252,7 @@ def start_tracker(kind, out_dir, config, step):
         hint = ''
         if kind == 'wandb':
             hint = ': log in with wandb login, or set WANDB_MODE=offline and upload the run later'
-        raise UserError(f'{kind} cannot be used ({_brief(error)}){hint}.') from None
-
-
-def _brief(error):
-    return f'{type(error).__name__}: {str(error)[:100]}'
+        raise UserError(f'{kind} cannot be used ({runtime.brief(error)}){hint}.') from None
 
 
 def _start_tensorboard(out_dir, config, step):
@@ -319,7 +315,7 @@ def track(step, **values):
         _send(step, new)
     except Exception as error:  # whatever a tracker raises
         _send = None
-        print_line(f'The tracker failed and is not used any more: {_brief(error)}')
+        print_line(f'The tracker failed and is not used any more: {runtime.brief(error)}')
 
 
 # -----------------------------------------------------------------------------

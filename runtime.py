@@ -91,6 +91,12 @@ def _sentence_for(kind, error):
     return None
 
 
+def brief(error):
+    """Shorten an error of some library to a line."""
+    message = ' '.join(str(error).split()) or '?'
+    return f'{type(error).__name__}: {message[:200]}'
+
+
 def drop_output():
     """Let what is still printed go nowhere: the other end of the pipe is closed, as by `| head`."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

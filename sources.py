@@ -21,7 +21,6 @@ import logging
 import lzma
 import os
 import re
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -30,10 +29,11 @@ from typing import NamedTuple
 import pyarrow
 from pyarrow import parquet
 
-from runtime import UserError
+from runtime import UserError, brief
 from tokenizer import END_OF_TEXT
 
 TEXTS = ('.txt', '.md')
+ARCHIVES = ('.tar', '.tgz', '.zip', '.7z', '.rar')
 COMPRESSED = {
     '.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open,
     '.zst': lambda file: io.BufferedReader(pyarrow.CompressedInputStream(file, 'zstd')),
@@ -41,12 +41,13 @@ COMPRESSED = {
 WIKITEXT = 'Salesforce/wikitext'
 VALIDATION_SPLITS = ('validation', 'valid', 'val', 'dev')  # as corpora of the Hub call theirs
 HUB_URL = re.compile(r'hf://datasets/([^/]+/[^/@]+)(?:@([^/]+))?/(.+)')
-# What the head of a README.md says in a repository of the Hub.
-HUB_CARD = re.compile(r'---\n(?:.*\n)*?(?:configs|dataset_info):')
+# The head of a data set's README.md on the Hub: it lists configurations.
+HUB_CARD = re.compile(r'---\n(?:(?!---).*\n)*?(?:configs|dataset_info):')
 
 PIECE = 2**20  # bytes; a longer text is read and tokenized in pieces of about that
 UNKNOWN_ROWS = 1000  # rows without the column after which it is missing
-LONGEST_PAUSE = 600  # seconds, before the network is tried for the last time
+GOES_ON = '. When the network is back, the same command goes on from here.'
+LONGEST_PAUSE = 512  # seconds, before the network is tried for the last time
 
 # A line that is END_OF_TEXT and nothing else. Its beginning is checked last, by looking back over
 # it: a pattern that begins with a fixed text is searched for much faster.
@@ -60,6 +61,8 @@ LAST_SEPARATOR = re.compile(rf'{SEPARATOR.pattern}?\Z')  # a file's last line ma
 CUT = re.compile(r'(?s:.*)(?:[^\W_](?=[\s.,;:!?…。，、；：！？])|\S(?= \S)|\S\n(?=\S))')
 # The regular expressions of tiktoken and rustbpe give up within a million white space characters.
 MOST_SPACES = 500_000
+# Other columns do not matter, however long their numbers are.
+JSON = json.JSONDecoder(parse_int=lambda digits: 0)
 JSON_GAP = re.compile(r'[\s,]*')  # between two values
 LONG_SPACE = re.compile(rf'(?<!\s)\s{{{MOST_SPACES},}}')
 # WikiText's ` = Title = ` of an article; ` = = Section = = ` is not one.
@@ -88,10 +91,6 @@ def kind_of(name):
     return path.suffix, ''
 
 
-def is_table(source):
-    return kind_of(source.name)[0] in TABLES
-
-
 def open_local(path):
     """Describe a file on this machine."""
     status = os.stat(path)
@@ -112,9 +111,11 @@ def find_files(paths, extensions=None):
     for name in paths.split(','):
         if not name.strip():
             raise UserError(f"input='{paths}' has an empty name: separate names by single commas.")
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         if path.is_dir():
             files += find_in_folder(path, known)
+        elif kind_of(path)[0] in ARCHIVES:
+            raise UserError(f'{path} is an archive: unpack it, and name its folder.')
         elif path.is_file():
             files.append(path)
         elif path.exists():
@@ -137,13 +138,13 @@ def find_in_folder(folder, known):
     others = collections.Counter()
     visited = set()  # folders, since links may go round in a circle
     for here, folders, names in os.walk(folder, followlinks=True):
-        n_folders = len(folders)
-        folders[:] = sorted(name for name in folders if not name.startswith('.'))
-        others['hidden'] += n_folders - len(folders)
         if os.path.realpath(here) in visited:
             folders.clear()
             continue
         visited.add(os.path.realpath(here))
+        n_folders = len(folders)
+        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        others['hidden'] += n_folders - len(folders)
         for name in sorted(names):
             path = Path(here, name)
             suffix, _ = kind_of(path)
@@ -180,20 +181,16 @@ def open_decompressed(source):
 
 def read_source(source, column):
     """Read a text or a table: its pieces. Raises UserError for whatever its reader raises."""
-    read = partial(read_table, column=column) if is_table(source) else read_text
-    read = partial(read, source)
+    read = partial(read_text, source)
+    if kind_of(source.name)[0] in TABLES:
+        read = partial(read_table, source, column)
     try:
         yield from cut_spaces(retry(read, source.name) if source.is_remote else read())
     except UserError:
         raise
     except Exception as error:  # the readers raise all kinds
-        raise UserError(f'{source.name} cannot be read: {brief(error)}') from None
-
-
-def brief(error):
-    """Shorten an error of some library to its kind and its first line."""
-    message = str(error).strip() or '?'
-    return f'{type(error).__name__}: {message.splitlines()[0][:200]}'
+        how = GOES_ON if source.is_remote and is_network_error(error) else ''
+        raise UserError(f'{source.name} cannot be read: {brief(error)}{how}') from None
 
 
 def cut_spaces(pieces):
@@ -227,8 +224,8 @@ def read_blocks(source):
 def next_text(blocks, length):
     """Return the next characters, at least so many, '' at the end.
 
-    What has no end yet is searched again with each new text. Where that is as long as what there
-    is, the time for one endless line stays linear.
+    A caller whose text has no end yet searches it again. If it asks for as much as it has, the text
+    doubles each time, so that one endless line takes linear time.
     """
     parts = []
     n_read = 0
@@ -245,16 +242,22 @@ def read_text(source):
     blocks = read_blocks(source)
     rest = ''  # decoded, but not yielded yet
     shortest = PIECE // 4  # worth cutting: a character has up to four bytes
-    # A longer rest has been searched for a place to cut it, in vain.
-    while block := next_text(blocks, len(rest) if len(rest) > shortest else 1):
+    wanted = 1
+    is_inside = False  # a document whose beginning has been yielded
+    while block := next_text(blocks, wanted):
         *complete, rest = SEPARATOR.split(rest + block)
         for text in complete:
             yield text, True
+            is_inside = False
 
         if len(rest) > shortest and (cut := CUT.match(rest)):
             yield rest[: cut.end()], False
             rest = rest[cut.end() :]
-    yield LAST_SEPARATOR.sub('', rest), True
+            is_inside = True
+        # A long rest has been searched for a place to cut it, in vain.
+        wanted = len(rest) if len(rest) > shortest else 1
+    if rest or is_inside:
+        yield LAST_SEPARATOR.sub('', rest), True
 
 
 # -----------------------------------------------------------------------------
@@ -289,7 +292,7 @@ def read_table(source, column):
 
 
 def refuse_column(source, column, columns):
-    listed = ', '.join(map(str, columns))[:200]
+    listed = ', '.join(map(str, columns))[:100]
     raise UserError(f"{source.name} has no column '{column}' but {listed}: use --text_column.")
 
 
@@ -324,7 +327,7 @@ def read_json_lines(source, column):
     for number, line in read_lines(source):
         if line.strip():
             try:
-                value = json.loads(line)
+                value = JSON.decode(line)
             except ValueError as error:
                 where = f'{source.name} cannot be read: line {number:,}'
                 raise UserError(f'{where} is no JSON ({error}).') from None
@@ -333,9 +336,13 @@ def read_json_lines(source, column):
 
 def read_json(source, column):
     """Read the values of a list, or of a file with one value after the other."""
-    decode = json.JSONDecoder().raw_decode
+    decode = JSON.raw_decode
     blocks = read_blocks(source)
-    text = next(blocks, '').removeprefix('\ufeff').lstrip()
+    text = ''
+    for block in blocks:
+        text = block.lstrip('\ufeff \t\r\n')
+        if text:
+            break
     is_list = text.startswith('[')
     at = 1 if is_list else 0
     number = 1
@@ -344,7 +351,8 @@ def read_json(source, column):
         try:
             value, at = decode(text, at)
         except ValueError as error:
-            # A value that is cut off ends in a string, or at about the place of the error.
+            # A value that is cut off ends in a string, or at about the place of the error: no word
+            # of JSON is as long as that.
             is_cut_off = 'Unterminated' in str(error) or error.pos > len(text) - 20
             block = next_text(blocks, len(text) - at + 1) if is_cut_off else ''
             if not block:
@@ -354,14 +362,15 @@ def read_json(source, column):
             continue
         yield number, value
         number += 1
-    if text[at:].rstrip() != (']' if is_list else ''):
+    ends = text[at:].rstrip() == (']' if is_list else '')
+    if not ends or any(block.strip() for block in blocks):
         where = f'{source.name} cannot be read: row {number:,}'
         raise UserError(f'{where} is no JSON, or the file ends in it.')
 
 
 def read_csv(source, column):
     """Read the rows of a table whose first line names the columns."""
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(2**31 - 1)  # what Windows has as a long
     dialect = 'excel-tab' if kind_of(source.name)[0] == '.tsv' else 'excel'
     lines = (line for _, line in read_lines(source))
     reader = csv.reader(lines, dialect, strict=True)
@@ -401,7 +410,7 @@ def text_size(source, column):
 def read_parquet(source, column):
     """Read the rows of one column, which alone is read from the disk or the network."""
     with open_decompressed(source) as file:
-        table = parquet.ParquetFile(file, buffer_size=PIECE)
+        table = parquet.ParquetFile(file, buffer_size=PIECE, pre_buffer=False)
         if column not in table.schema_arrow.names:
             refuse_column(source, column, table.schema_arrow.names)
         number = 1
@@ -447,11 +456,11 @@ def open_hub(corpus, streaming):
         for key, urls in splits.items():
             sources[key] = [open_published(url, streaming) for url in urls]
     except Exception as error:  # the Hub's client raises all kinds
-        raise UserError(
-            f'{corpus.repository} cannot be loaded from the Hugging Face Hub ({brief(error)}). '
-            'Check its name, --subset, --split and the connection; a folder of that name is used '
-            'instead.'
-        ) from None
+        what = f'{corpus.repository} cannot be loaded from the Hugging Face Hub'
+        how = '. Check its name, --subset, --split; a folder of that name is used instead.'
+        if is_network_error(error):
+            how = GOES_ON
+        raise UserError(f'{what} ({brief(error)}){how}') from None
     return sources
 
 
@@ -461,15 +470,26 @@ def find_published(corpus):
     Raises ValueError for a split that is not there.
     """
     import datasets
+    from huggingface_hub import HfApi
 
     repository, configuration, split, val_split, _ = corpus
-    if '.' in split:  # patterns of files
-        base = repository if os.path.isdir(repository) else f'hf://datasets/{repository}'
-        patterns = {'train': f'{base}/{split}', 'val': f'{base}/{val_split}'}
+    if split == val_split:
+        raise ValueError(f"split '{split}' cannot be the one for validation as well")
+    if set(split) & set('/*?['):  # patterns of files
+        base = repository
+        if not os.path.isdir(repository):
+            commit = HfApi().dataset_info(repository).sha
+            base = f'hf://datasets/{repository}@{commit}'
+        patterns = {'train': split, 'val': val_split}
+        patterns = {key: f'{base}/{name}' for key, name in patterns.items() if name}
         builder = datasets.load_dataset_builder('text', data_files=patterns)
-        found = builder.config.data_files
+        found = dict(builder.config.data_files)
         # The last of all files may be the validation split.
-        return {'val': found['val'], 'train': [f for f in found['train'] if f not in found['val']]}
+        found['train'] = [file for file in found['train'] if file not in found.get('val', [])]
+        for key, files in found.items():
+            if not files:
+                raise ValueError(f'no file is {patterns[key]}')
+        return found
 
     found = datasets.load_dataset_builder(repository, configuration).config.data_files
     for name in (split, val_split or split):
@@ -533,7 +553,10 @@ def is_network_error(error):
         return status >= 500 or status in (408, 429)
     # By name: huggingface_hub has changed its library of HTTP before.
     names = {base.__name__ for base in type(error).__mro__}
-    return bool(names & {'TransportError', 'ConnectionError', 'TimeoutError', 'ClientError'})
+    if names & {'TransportError', 'ConnectionError', 'TimeoutError', 'ClientError'}:
+        return True
+    # A file that is not in the cache: the cause says why it was not fetched.
+    return error.__cause__ is not None and is_network_error(error.__cause__)
 
 
 # -----------------------------------------------------------------------------
@@ -542,9 +565,13 @@ def is_network_error(error):
 
 def make_parts(sources):
     """Group sources into parts, lists of them. A document belongs to one part."""
-    if sources and f'{WIKITEXT}/' in sources[0].name:
+    if sources and all(map(is_wikitext, sources)):
         return [sources]  # an article may go on in the next file
     return [[source] for source in sources]
+
+
+def is_wikitext(source):
+    return f'{WIKITEXT}/' in source.name and source.name.endswith('.parquet')
 
 
 def read_part(part, column):
@@ -553,13 +580,22 @@ def read_part(part, column):
     A text is blank if it is nothing but white space.
     """
     pieces = itertools.chain.from_iterable(read_source(source, column) for source in part)
-    if f'{WIKITEXT}/' in part[0].name:
+    if all(map(is_wikitext, part)):
         pieces = join_articles(pieces)
-    inside = False  # a document whose beginning has been read
+    is_inside = False  # a document of which some text has been read
+    blank = []  # pieces of white space that a document begins with
     for text, ends in pieces:
-        is_blank = ends and not inside and not text.strip()
-        yield None if is_blank else text, ends
-        inside = not ends
+        if not is_inside and not text.strip():
+            blank.append(text)
+            if ends:
+                blank = []
+                yield None, True
+            continue
+        for each in blank:
+            yield each, False
+        blank = []
+        yield text, ends
+        is_inside = not ends
 
 
 def join_articles(rows):

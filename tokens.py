@@ -11,6 +11,11 @@ from itertools import accumulate
 import numpy as np
 
 
+def split_files(meta, split):
+    """The names of a split's files, as the meta.json of a dataset has them."""
+    return meta[split].get('files') or [f'{split}.bin']
+
+
 def open_tokens(paths, dtype, header_bytes=0):
     """Map the ids in files into memory, those of one file after those of the one before it."""
     if len(paths) == 1:

@@ -20,7 +20,7 @@ def trained(run, tmp_path):
     """A run of a char model that knows a to z, space and line end."""
     (tmp_path / 'fox.txt').write_text('the quick brown fox jumps over the lazy dog\n' * 40)
     assert run('prepare.py', '--input=fox.txt', '--tokenizer=char').code == 0
-    flags = ['--max_iters=60', '--learning_rate=1e-2', '--eval_interval=30']
+    flags = ['--max_iters=60', '--learning_rate=1e-2', '--eval_interval=30', '--batch_size=16']
     assert run('train.py', '--dataset=fox', *TINY, *flags).code == 0
 
 
