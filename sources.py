@@ -26,18 +26,12 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow
-from pyarrow import parquet
-
 from runtime import UserError, brief
 from tokenizer import END_OF_TEXT
 
 TEXTS = ('.txt', '.md')
 ARCHIVES = ('.tar', '.tgz', '.zip', '.7z', '.rar')
-COMPRESSED = {
-    '.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open,
-    '.zst': lambda file: io.BufferedReader(pyarrow.CompressedInputStream(file, 'zstd')),
-}  # fmt: skip
+COMPRESSED = ('.gz', '.bz2', '.xz', '.zst')
 WIKITEXT = 'Salesforce/wikitext'
 VALIDATION_SPLITS = ('validation', 'valid', 'val', 'dev')  # as corpora of the Hub call theirs
 HUB_URL = re.compile(r'hf://datasets/([^/]+/[^/@]+)(?:@([^/]+))?/(.+)')
@@ -176,7 +170,12 @@ def open_decompressed(source):
     """Open a source for reading what was compressed in it."""
     file = source.open()
     compression = kind_of(source.name)[1]
-    return COMPRESSED[compression](file) if compression else file
+    if compression == '.zst':
+        import pyarrow  # here and below, since it takes 60 MiB
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(file, 'zstd'))
+    readers = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open}
+    return readers[compression](file) if compression else file
 
 
 def read_source(source, column):
@@ -399,6 +398,8 @@ def text_size(source, column):
     if suffix != '.parquet':
         return source.size  # with the other columns of a table
     sizes = []
+    from pyarrow import parquet
+
     with source.open() as file, contextlib.suppress(Exception):  # reading it will say what is wrong
         about = parquet.ParquetFile(file).metadata
         for group in range(about.num_row_groups):
@@ -409,6 +410,8 @@ def text_size(source, column):
 
 def read_parquet(source, column):
     """Read the rows of one column, which alone is read from the disk or the network."""
+    from pyarrow import parquet
+
     with open_decompressed(source) as file:
         table = parquet.ParquetFile(file, buffer_size=PIECE, pre_buffer=False)
         if column not in table.schema_arrow.names:

@@ -354,10 +354,16 @@ def test_a_corpus_is_streamed_and_downloaded_as_published(prepare, name):
     check(streamed, layout.train, layout.val)
     downloaded = prepare(*flags)
     check(downloaded, layout.train, layout.val)
-    again = prepare(*flags)
-    files = [*layout.train, *layout.val]
-    check(again, layout.train, layout.val, downloaded=files)
-    assert again.n_requests < 12, 'there are no requests for each file'
+
+
+@pytest.mark.parametrize('name', ['tinystories', 'babylm', 'climbmix'])
+def test_what_has_been_downloaded_is_not_asked_for_again(prepare, name):
+    layout = LAYOUTS[name]
+    assert prepare(f'--dataset={name}', *FLAGS).code == 0
+    again = prepare(f'--dataset={name}', *FLAGS)
+    check(again, layout.train, layout.val, downloaded=[*layout.train, *layout.val])
+    assert again.n_requests < 12, 'there is none for each file'
+
 
 
 # -----------------------------------------------------------------------------

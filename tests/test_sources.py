@@ -329,7 +329,7 @@ def divide(text):
     return documents
 
 
-@settings(deadline=None, max_examples=500, derandomize=True, database=None)
+@settings(deadline=None, max_examples=300, derandomize=True, database=None)
 @given(st.lists(st.sampled_from(TEXT_PARTS) | st.text(max_size=3)), st.sampled_from([7, 20, 2**20]))
 def test_a_random_text_is_divided_at_its_separators(parts, piece):
     text = ''.join(parts)
@@ -587,8 +587,7 @@ WHITE = {
     'lines.txt': '\n' * MANY,
     'mixed.txt': ' \n\t\r\n\u3000\x85' * (MANY // 7),
     'wide.txt': '\u3000' * MANY,
-    'cell.jsonl': ' ' * MANY,
-    'cell.csv': '\n' * MANY,
+    'cell.csv': ' \n' * (MANY // 2),
 }
 
 
@@ -599,11 +598,7 @@ def test_a_million_white_space_characters_come_back(run, tmp_path, tokenizer):
     texts = []
     for name, white in WHITE.items():
         texts.append(f'A line of words here.\n{name}{white}more\n')
-        data = texts[-1]
-        if name.endswith('.jsonl'):
-            data = json.dumps({'id': 1, 'text': data})
-        elif not name.endswith('.txt'):
-            data = f'text\n"{data}"\n'
+        data = f'text\n"{texts[-1]}"\n' if name.endswith('.csv') else texts[-1]
         (folder / name).write_bytes(data.encode())
     flags = [f'--tokenizer={tokenizer}', '--vocab_size=300', '--val_fraction=0.3']
     result = run('prepare.py', '--input=white', *flags)
