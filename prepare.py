@@ -56,6 +56,7 @@ import sources
 import tokenizer as tokenizers
 from configurator import check_range, configure
 from sources import Corpus
+from tokens import release
 
 # -----------------------------------------------------------------------------
 dataset = 'shakespeare'  # a corpus of the table above, or hf:ORG/NAME for any other one of the Hub
@@ -291,6 +292,7 @@ def describe_documents(splits, end_of_text):
                 shortest = min(shortest, end - start)
                 hashes.append(hash(tokens[start:end].tobytes()))
                 start = end + 1
+            release(tokens)
     n_copies = len(hashes) - len(np.unique(hashes))
     return n_documents, longest, shortest, n_copies
 

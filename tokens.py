@@ -4,6 +4,7 @@ Apart from data.py, since prepare.py looks at what it has made, and starts witho
 """
 
 import hashlib
+import mmap
 from bisect import bisect_right
 from functools import lru_cache, partial
 from itertools import accumulate
@@ -57,8 +58,15 @@ class Tokens:
 
 def in_parts(tokens):
     """Yield an array piece by piece, for what reads all of it."""
-    for start in range(0, len(tokens), 2**24):
-        yield tokens[start : start + 2**24]
+    for start in range(0, len(tokens), 2**22):
+        yield tokens[start : start + 2**22]
+        release(tokens)
+
+
+def release(tokens):
+    """Let the system have back the pages of a mapped file, which count as this process's memory."""
+    if isinstance(tokens, np.memmap) and hasattr(mmap, 'MADV_DONTNEED'):
+        tokens._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 def checksum(tokens):

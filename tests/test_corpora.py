@@ -365,7 +365,6 @@ def test_what_has_been_downloaded_is_not_asked_for_again(prepare, name):
     assert again.n_requests < 12, 'there is none for each file'
 
 
-
 # -----------------------------------------------------------------------------
 # repositories of other kinds of files
 
