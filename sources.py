@@ -417,7 +417,8 @@ def read_parquet(source, column):
         if column not in table.schema_arrow.names:
             refuse_column(source, column, table.schema_arrow.names)
         number = 1
-        for batch in table.iter_batches(1000, columns=[column]):
+        # Few at a time: books are rows of a megabyte.
+        for batch in table.iter_batches(16, columns=[column]):
             for text in batch.column(column).to_pylist():
                 yield number, {column: text}
                 number += 1
