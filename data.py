@@ -28,10 +28,9 @@ import torch
 import tokenizer as tokenizers
 from model import IGNORE, PUBLISHED
 from runtime import UserError
-from tokens import checksum, in_parts, open_tokens, split_files
+from tokens import SPLITS, checksum, in_parts, open_tokens, split_files
 
 ROUNDS = 6  # of the network that shuffles
-SPLITS = ('train', 'val')
 # Files of llm.c and modded-nanogpt begin with 256 int32: magic number, version, number of tokens,
 # and zeros. GPT-2's ids follow, 16 bits each.
 MAGIC = 20240520

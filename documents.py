@@ -270,9 +270,9 @@ def encode_one_by_one(texts, ends, tokenizer, end_of_text):
     return np.insert(ids, n_tokens.cumsum()[ends == 1], end_of_text), n_tokens + ends
 
 
-def count_oddities(texts):
+def count_oddities(pieces):
     """Count what may be wrong with texts: control characters, U+FFFD, and END_OF_TEXT in a line."""
-    data = ''.join(texts).encode(errors='replace')
+    data = ''.join(text for text, _ in pieces).encode(errors='replace')
     n_controls = len(data.translate(None, NO_CONTROLS)) + len(CONTROLS_OF_TWO.findall(data))
     return {
         'controls': n_controls,
@@ -282,7 +282,7 @@ def count_oddities(texts):
 
 
 def encode_all(batches, tokenizer, end_of_text, dtype, n_threads=1):
-    """Turn (key, pieces) into (key, oddities, *encode_pieces(pieces)), in order, in threads.
+    """Turn (key, pieces) into (key, pieces, oddities, *encode_pieces(pieces)), in order.
 
     Threads are enough, since tiktoken and tokenizers release the GIL. No more batches are taken
     ahead than keep all threads busy.
@@ -294,8 +294,8 @@ def encode_all(batches, tokenizer, end_of_text, dtype, n_threads=1):
         thread.tokenizer = tokenizer.copy()
 
     def encode_batch(key, pieces):
-        oddities = count_oddities([text for text, _ in pieces])
-        return key, oddities, *encode_pieces(pieces, thread.tokenizer, end_of_text, dtype)
+        encoded = encode_pieces(pieces, thread.tokenizer, end_of_text, dtype)
+        return key, pieces, count_oddities(pieces), *encoded
 
     pool = ThreadPoolExecutor(n_threads, initializer=start_thread)
     try:

@@ -25,11 +25,10 @@ import numpy as np
 
 import tokenizer as tokenizers
 from runtime import UserError, lock_file
-from tokens import checksum, open_tokens, split_files
+from tokens import SPLITS, checksum, open_tokens, split_files
 
 FILE_BYTES = 2**30  # of a file of tokens; the last one has what is left
 SECONDS = 2  # after which what has been tokenized is flushed to the disk
-SPLITS = ('train', 'val')
 NOTHING = (-1, -1)  # the place before the first batch
 JOB = 'job.json'
 BATCHES = 'batches.jsonl'

@@ -81,7 +81,7 @@ text_column: str | None = None  # the column of texts, also of your own tables; 
 streaming = False  # do not store it on this disk, read it from the network as it is tokenized
 # -----------------------------------------------------------------------------
 config = configure(globals())
-raise_on_signals()  # so that threads end, and what is half done is said
+raise_on_signals()  # so that an interrupted run can say how to go on
 
 BUNDLED = Path(__file__).parent / 'corpus' / 'shakespeare.txt'
 CORPORA = {
@@ -250,7 +250,7 @@ def write_batches(draft, parts, column, encoding):
     options |= {'total': facts['n_bytes'], 'initial': train['bytes'] + val['bytes']}
     # The two are closed whatever happens: their threads end, and a Hub's readers.
     with tqdm(**options) as bar, contextlib.closing(batches), contextlib.closing(encoded):
-        for row, oddities, ids, n_tokens, sizes, ends, changes in encoded:
+        for row, pieces, oddities, ids, n_tokens, sizes, ends, changes in encoded:
             # Where validation has no document yet, it is the end of a single text: read on.
             limit = max_tokens or math.inf
             if train['tokens'] >= limit and val['documents']:
@@ -260,6 +260,8 @@ def write_batches(draft, parts, column, encoding):
                 # Pieces that begin before the limit, so that the last of them reaches it.
                 before = train['tokens'] + n_tokens.cumsum() - n_tokens
                 n_kept = np.count_nonzero(before < limit)
+            if n_kept < len(pieces):
+                oddities = documents.count_oddities(pieces[:n_kept])
             data = ids[: n_tokens[:n_kept].sum()]
             row |= {
                 'tokens': len(data),

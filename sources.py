@@ -55,10 +55,10 @@ LAST_SEPARATOR = re.compile(rf'{SEPARATOR.pattern}?\Z')  # a file's last line ma
 CUT = re.compile(r'(?s:.*)(?:[^\W_](?=[\s.,;:!?…。，、；：！？])|\S(?= \S)|\S\n(?=\S))')
 # The regular expressions of tiktoken and rustbpe give up within a million white space characters.
 MOST_SPACES = 500_000
+LONG_SPACE = re.compile(rf'(?<!\s)\s{{{MOST_SPACES},}}')
 # Other columns do not matter, however long their numbers are.
 JSON = json.JSONDecoder(parse_int=lambda digits: 0)
 JSON_GAP = re.compile(r'[\s,]*')  # between two values
-LONG_SPACE = re.compile(rf'(?<!\s)\s{{{MOST_SPACES},}}')
 # WikiText's ` = Title = ` of an article; ` = = Section = = ` is not one.
 HEADING = re.compile(r' = (?!=)[^\n]*(?<!=) = \n?')
 
@@ -85,7 +85,7 @@ def kind_of(name):
     return path.suffix, ''
 
 
-def open_local(path):
+def local_source(path):
     """Describe a file on this machine."""
     status = os.stat(path)
     stamp = f'{status.st_size} {status.st_mtime_ns}'
@@ -120,7 +120,12 @@ def find_files(paths, extensions=None):
 
     # A file may be named twice, or reached through a link as well.
     unique = {file.resolve(): file for file in files}
-    return [open_local(file) for file in unique.values()]
+    return [local_source(file) for file in unique.values()]
+
+
+def raise_error(error):
+    """Raise an error that os.walk would ignore: a folder that may not be read."""
+    raise error
 
 
 def find_in_folder(folder, known):
@@ -131,7 +136,7 @@ def find_in_folder(folder, known):
     files = []
     others = collections.Counter()
     visited = set()  # folders, since links may go round in a circle
-    for here, folders, names in os.walk(folder, followlinks=True):
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=raise_error):
         if os.path.realpath(here) in visited:
             folders.clear()
             continue
@@ -149,6 +154,7 @@ def find_in_folder(folder, known):
             else:
                 others[suffix or 'without an ending'] += 1
 
+    files = list({file.resolve(): file for file in files}.values())  # a link leads to the same one
     others = +others  # those that there are
     left_out = ', '.join(f'{count:,} {what}' for what, count in others.most_common(5))
     if not files:
@@ -397,9 +403,9 @@ def text_size(source, column):
         return None
     if suffix != '.parquet':
         return source.size  # with the other columns of a table
-    sizes = []
     from pyarrow import parquet
 
+    sizes = []
     with source.open() as file, contextlib.suppress(Exception):  # reading it will say what is wrong
         about = parquet.ParquetFile(file).metadata
         for group in range(about.num_row_groups):
@@ -448,7 +454,8 @@ class Corpus(NamedTuple):
 def open_hub(corpus, streaming):
     """List the sources of a corpus: {'train': [...]}, and 'val' if it has a validation split.
 
-    They are downloaded now, or when they are read. Raises UserError if they cannot be had.
+    They are downloaded now or, with streaming, when they are read. Raises UserError if they cannot
+    be had.
     """
     import datasets  # noqa: F401  takes a second, and sets how the Hub's client logs
 
@@ -458,7 +465,7 @@ def open_hub(corpus, streaming):
         [splits] = retry(lambda: [find_published(corpus)], corpus.repository, longest_pause=2)
         sources = {}
         for key, urls in splits.items():
-            sources[key] = [open_published(url, streaming) for url in urls]
+            sources[key] = [hub_source(url, streaming) for url in urls]
     except Exception as error:  # the Hub's client raises all kinds
         what = f'{corpus.repository} cannot be loaded from the Hugging Face Hub'
         how = '. Check its name, --subset, --split; a folder of that name is used instead.'
@@ -507,11 +514,11 @@ def find_published(corpus):
     return splits
 
 
-def open_published(url, streaming):
+def hub_source(url, streaming):
     """Describe a file of the Hub, downloaded unless it is streamed, or of a folder in its place."""
     match = HUB_URL.fullmatch(url)
     if not match:
-        return open_local(url)
+        return local_source(url)
     from huggingface_hub import HfFileSystem, hf_hub_download
 
     repository, revision, path = match.groups()
@@ -589,7 +596,7 @@ def read_part(part, column):
     is_inside = False  # a document of which some text has been read
     blank = []  # pieces of white space that a document begins with
     for text, ends in pieces:
-        if not is_inside and not text.strip():
+        if not is_inside and (not text or text.isspace()):
             blank.append(text)
             if ends:
                 blank = []

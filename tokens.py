@@ -11,6 +11,8 @@ from itertools import accumulate
 
 import numpy as np
 
+SPLITS = ('train', 'val')
+
 
 def split_files(meta, split):
     """The names of a split's files, as the meta.json of a dataset has them."""

@@ -34,7 +34,7 @@ def test_the_tokens_of_the_pieces_are_those_of_the_text(kind):
         with tempfile.TemporaryDirectory() as folder, mock.patch.object(sources, 'PIECE', size):
             path = Path(folder, 'x.txt')
             path.write_bytes(text.encode(errors='ignore'))
-            pieces = list(sources.read_text(sources.open_local(path)))
+            pieces = list(sources.read_text(sources.local_source(path)))
         text = text.encode(errors='ignore').decode()
         assert ''.join(piece for piece, _ in pieces) == text
         if not text:
@@ -58,11 +58,11 @@ def test_a_long_text_is_read_in_pieces_whatever_its_lines(tmp_path, monkeypatch)
     }
     for text, many in texts.items():
         path.write_bytes(text.encode())
-        pieces = list(sources.read_text(sources.open_local(path)))
+        pieces = list(sources.read_text(sources.local_source(path)))
         assert ''.join(piece for piece, _ in pieces) == text and len(pieces) > many
         assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True]
     path.write_text('one\n<|endoftext|>\n' + 'two ' * 3000 + '\n<|endoftext|>\nthree')
-    ends = [text for text, ends in sources.read_text(sources.open_local(path)) if ends]
+    ends = [text for text, ends in sources.read_text(sources.local_source(path)) if ends]
     assert ends[0] == 'one\n' and ends[1].endswith('two \n') and ends[2] == 'three'
 
 

@@ -439,7 +439,7 @@ def test_pieces_have_the_ids_of_the_whole_document(layouts, monkeypatch, tmp_pat
         texts = [long_text(seed), 'Short.\n', long_text(-seed)]
         path.write_text(f'\n{tk.END_OF_TEXT}\n'.join(texts), newline='')
         texts = [text + '\n' for text in texts[:2]] + texts[2:]
-        divided = (('train', *piece) for piece in sources.read_text(sources.open_local(path)))
+        divided = (('train', *piece) for piece in sources.read_text(sources.local_source(path)))
         pieces = list(documents.join_pieces(divided, ours))
         assert ''.join(text for _, text, _ in pieces) == ''.join(texts)
         assert [ends for _, _, ends in pieces].count(True) == 3
@@ -450,7 +450,7 @@ def test_pieces_have_the_ids_of_the_whole_document(layouts, monkeypatch, tmp_pat
 
         batches = ((split, batch) for split, batch, _ in documents.in_batches(iter(pieces)))
         encoded = documents.encode_all(batches, ours, ours.end_of_text, '<u4', n_threads=2)
-        ids = [id for _, _, batch, *_ in encoded for id in batch.tolist()]
+        ids = [id for _, _, _, batch, *_ in encoded for id in batch.tolist()]
         expected = []
         for text in texts:
             expected += [*library_ids(theirs, text), ours.end_of_text]

@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import lzma
+import os
 import random
 import re
 import subprocess
@@ -44,7 +45,7 @@ def read(path, column='text'):
     documents = []
     parts = []
     try:
-        for text, ends in sources.read_source(sources.open_local(path), column):
+        for text, ends in sources.read_source(sources.local_source(path), column):
             parts.append(text)
             if ends:
                 documents.append(''.join(parts))
@@ -529,7 +530,7 @@ def test_other_columns_of_a_parquet_file_are_not_read(tmp_path):
                 stop = start + chunk.total_compressed_size
                 data[start:stop] = b'\xff' * (stop - start)
     path.write_bytes(data)
-    source = sources.open_local(path)._replace(open=lambda: Counted(path))
+    source = sources.local_source(path)._replace(open=lambda: Counted(path))
     found = [text for text, ends in sources.read_source(source, 'text') if ends]
     assert found == texts
     assert 30_000 < Counted.n_bytes < 1_000_000 < len(data) / 10
@@ -645,7 +646,7 @@ def test_a_text_of_any_language_is_read_in_bounded_pieces(
     text = ''.join(f'{paragraph}{BETWEEN[between]}' for _ in range(20_000 // len(paragraph)))
     path = tmp_path / 'x.txt'
     path.write_bytes(text.encode())
-    pieces = [piece for piece, _ in sources.read_source(sources.open_local(path), 'text')]
+    pieces = [piece for piece, _ in sources.read_source(sources.local_source(path), 'text')]
     assert ''.join(pieces) == text
     assert max(map(len, pieces)) <= 2000 and len(pieces) >= 10
     for encoding in tokenizers:
@@ -745,6 +746,20 @@ def test_extensions_say_which_files_of_a_folder_are_read(run, tmp_path, extensio
     write(tmp_path / 'in', dict.fromkeys(wrong, 'wrong'))
     texts, _ = prepared(run, tmp_path, '--input=in', f'--extensions={extensions}')
     assert ''.join(texts) == expected
+
+
+def test_a_folder_that_may_not_be_read_is_one_sentence(run, tmp_path, monkeypatch):
+    write(tmp_path, {'in/a.txt': 'a', 'in/b/c.txt': 'c'})
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == 'b':
+            raise PermissionError(13, 'Permission denied', str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', refuse)
+    result = run('prepare.py', '--input=in', '--tokenizer=byte')
+    assert result.is_one_sentence and 'Permission denied: in/b' in result.err
 
 
 def test_links_are_followed_and_each_file_is_read_once(run, tmp_path):
@@ -1017,6 +1032,16 @@ def test_the_reports_figures_are_those_of_a_plain_count(run, tmp_path, rows):
     for line in lines[-5:]:
         shown = line[3:23].strip('\ufffd')  # it may begin within a character
         assert line.startswith(("  '", '  "')) and shown in repr(train)
+
+
+def test_the_report_is_of_the_text_that_is_kept(run, tmp_path):
+    rows = [json.dumps({'text': f'a{number}\0 {END}'}) for number in range(100)]
+    write(tmp_path, {'x.jsonl': '\n'.join(rows)})
+    _, out = prepared(run, tmp_path, '--input=x.jsonl', '--max_tokens=60')
+    meta = json.loads((tmp_path / 'data' / 'x' / 'meta.json').read_text())
+    count = sum(meta[key]['documents'] for key in ('train', 'val'))
+    assert count < 60 and f'odd        {count} control characters, 0 that' in out
+    assert f'\n{count} times. A line of its own' in out
 
 
 def test_copies_in_many_documents_are_counted(run, tmp_path):
