@@ -22,6 +22,7 @@ def config_file(**changes):
     return ''.join(f'{name} = {value}\n' for name, value in flags.items())
 
 
+@pytest.mark.slow
 def test_a_race_is_won_when_every_seed_gets_there(sheep, run, tmp_path):
     slow = config_file(max_iters=30, learning_rate=1e-3, eval_interval=30)
     fast = config_file(max_iters=30, learning_rate=1e-2, eval_interval=30, optimizer='muon')

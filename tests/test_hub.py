@@ -332,44 +332,6 @@ def hellaswag(hub):
     return questions
 
 
-def test_datasets_streams_what_is_asked_for(hub, wikitext, stories):
-    found = ask(
-        hub,
-        """
-        import datasets
-
-        wikitext = ['Salesforce/wikitext', 'wikitext-2-raw-v1']
-        table = datasets.load_dataset(*wikitext, split='validation', streaming=True)
-        stories = datasets.load_dataset('roneneldan/TinyStories', streaming=True)
-        result = {
-            'wikitext splits': datasets.get_dataset_split_names(*wikitext),
-            'stories splits': datasets.get_dataset_split_names('roneneldan/TinyStories'),
-            'wikitext': [row['text'] for row in table],
-            'stories': [row['text'] for row in stories['validation']],
-        }
-        """,
-    )
-    _, validation = stories
-    assert found == {
-        'wikitext splits': ['test', 'train', 'validation'],
-        'stories splits': ['train', 'validation'],
-        'wikitext': wikitext['validation'],
-        'stories': validation,
-    }
-    # Columns are known from the first file of the first split.
-    assert {path for path, _ in hub.fetched()} == {
-        'README.md',
-        'wikitext-2-raw-v1/test-00000-of-00001.parquet',
-        'wikitext-2-raw-v1/validation-00000-of-00001.parquet',
-        'data/train-00000-of-00008-2d5a1467fff1081b.parquet',
-        'data/validation-00000-of-00001-869c898b519ad725.parquet',
-    }
-    # What it asks other hosts: to count the load, and what the viewer of datasets knows.
-    others = {line.split()[1].replace(hub.url, '') for line in asked(hub) if ' /' not in line}
-    viewer = hub.url.replace('://', '://datasets-server.')
-    assert others == {'s3.amazonaws.com:443', f'{viewer}/info'}
-
-
 def test_prepare_downloads_wikitext(hub, wikitext, tmp_path):
     flags = ['--dataset=wikitext2', '--tokenizer=bpe', '--vocab_size=300']
     result = run_script(hub, 'prepare.py', *flags)

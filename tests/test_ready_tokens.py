@@ -261,6 +261,7 @@ def test_a_read_only_folder_is_described_in_memory(run, shards, nanogpt, tmp_pat
     assert run('sample.py', '--device=cpu', '--max_new_tokens=5', '--num_samples=1').code == 0
 
 
+@pytest.mark.slow
 def test_several_processes_open_new_shards_at_once(shards, tmp_path):
     code = "import data; print(len(data.Dataset('fineweb', verify=True).train))"
     line = [sys.executable, '-c', code]
