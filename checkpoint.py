@@ -8,9 +8,9 @@
                                       checksum of the files above
 
 A checkpoint is written under a temporary name, flushed to disk and then renamed; what has no final
-name is not a checkpoint. The newest ones and the one with the lowest validation loss are kept, the
-others deleted. A weights-only checkpoint, out_dir/weights_00002000/, is the same without
-train_state.pt, and is never deleted.
+name is not a checkpoint. A thread does this, from copies, while the training goes on. The newest
+ones and the one with the lowest validation loss are kept, the others deleted. A weights-only
+checkpoint, out_dir/weights_00002000/, is the same without train_state.pt, and is never deleted.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ import os
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -31,6 +32,9 @@ from safetensors import SafetensorError
 import tokenizer as tokenizers
 from model import GPTConfig, read_config
 from runtime import UserError, lock_file
+
+_writer = ThreadPoolExecutor(1)  # its thread starts with the first checkpoint
+_save = None  # the save that start_save() has begun and finish_save() not seen ended, a Future
 
 
 @dataclass
@@ -64,13 +68,31 @@ class SavedRun:
 # save
 
 
+def start_save(*args):
+    """Have a thread call save(*args). Nothing that it is given may change until that has ended."""
+    global _save
+    _save = _writer.submit(save, *args)
+
+
+def finish_save(wait):
+    """Raise what the save that was started last has raised, if it has ended; wait for its end."""
+    global _save
+    if _save is not None and (wait or _save.done()):
+        ended, _save = _save, None
+        ended.result()
+
+
 def save(out_dir, model, tokenizer, meta, state=None, keep_last=1):
     """Save the checkpoint of meta['step'], delete those no longer kept, and return its path.
 
     meta: what a person may want to read, JSON. state: what only training needs, tensors and plain
-    values; None makes it a weights-only checkpoint. Raises OSError when it cannot be written; the
-    checkpoints before it are then untouched.
+    values; None makes it a weights-only checkpoint. Raises OSError when it cannot be written, and
+    UserError when the weights are not finite; the checkpoints before it are then untouched.
     """
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise UserError(f'The weights are not finite at step {meta["step"]:,}: nothing is saved.')
+    with contextlib.suppress(FileNotFoundError):
+        flush(Path(out_dir, 'log.jsonl'))  # has the losses of this step
     kind = 'weights' if state is None else 'step'
     path = Path(out_dir) / f'{kind}_{meta["step"]:08d}'
     temporary = path.with_name(f'.{path.name}.tmp')
@@ -278,7 +300,9 @@ def load_run(out_dir, config, data):
     pairs = {name: (knobs.get(name), now) for name, now in config.items() if name not in ignored}
     changed = {name: (before, now) for name, (before, now) in pairs.items() if before != now}
     with damage_explained(path, 'train_state.pt'):  # nothing in the file is executed
-        state = torch.load(path / 'train_state.pt', map_location='cpu', weights_only=True)
+        # Mapped: all processes of a machine read it, and each needs a part of it at a time.
+        file = path / 'train_state.pt'
+        state = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
         progress, optimizer, scaler = (state[key] for key in ('progress', 'optimizer', 'scaler'))
     return SavedRun(path, meta, Progress(**progress), optimizer, scaler, changed)
 
@@ -313,7 +337,8 @@ def read_meta(path):
     with damage_explained(path, 'meta.json'):
         meta = json.loads((path / 'meta.json').read_text())
         loss = meta['val_loss']
-        is_complete = {'config.json', 'model.safetensors', 'train_state.pt'} <= set(meta['files'])
+        has_weights = any(name.endswith('.safetensors') for name in meta['files'])
+        is_complete = has_weights and {'config.json', 'train_state.pt'} <= set(meta['files'])
         is_inside = not any('/' in name for name in meta['files'])
         is_evaluation = loss is None or math.isfinite(loss)
         has_origin = meta['config']['init_from'] is not None

@@ -17,7 +17,7 @@ import checkpoint
 import tokenizer as tokenizers
 from data import count_windows, get_batch
 from model import GPT, IGNORE, Linear, find_pretrained
-from runtime import UserError
+from runtime import UserError, to_device
 
 # -----------------------------------------------------------------------------
 # load
@@ -246,7 +246,7 @@ def evaluate_loss(model, tokens, block_size, batch_size, autocast=None, stride=N
         if is_compiled and x.shape != full_shape:  # not worth compiling the model again
             stance = torch.compiler.set_stance('force_eager')
         with stance, autocast or contextlib.nullcontext():
-            loss = model(x.to(device), y.to(device))
+            loss = model(*to_device(device, x, y))
         n = int((y != IGNORE).sum())
         if n > 0:  # the mean over no targets is NaN
             batch_losses.append(loss * n)
@@ -282,11 +282,12 @@ def log_likelihoods(model, requests, batch_size, autocast=None):
         x, y = _pad_requests([requests[i] for i in batch], model.config.block_size)
         counts = y != IGNORE  # (B, T)
         rows = counts.nonzero()[:, 0]  # the row of each target
-        targets = y[counts].to(device)
+        targets = y[counts]
+        x, targets, is_target = to_device(device, x, targets, counts)
         with autocast or contextlib.nullcontext():
-            hidden = model.forward_hidden(x.to(device))
+            hidden = model.forward_hidden(x)
         # In float32: rounded to 16 bits, the likeliest tokens would often be equally likely.
-        hidden = hidden[counts.to(device)].to(model.lm_head.weight.dtype)
+        hidden = hidden[is_target].to(model.lm_head.weight.dtype)
         logits = model.logits(hidden).float()  # (targets, V)
         log_probs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
         is_missed = logits.argmax(-1) != targets

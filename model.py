@@ -31,7 +31,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint as recompute_activations
 
 IGNORE = -1  # the target of a position that does not count
-MAX_LOGITS = 2**24  # a loss with more of them is computed in chunks
+# A loss with more logits is computed in chunks. On a CPU they should fit into its caches; on a GPU
+# chunks are for saving memory, and matrix products should be large: `bench.py gpu` tries others.
+MAX_LOGITS = {'cpu': 2**24, 'gpu': 2**28}
 
 ARCHITECTURES = {
     'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM', 'qwen2': 'Qwen2ForCausalLM',
@@ -222,7 +224,9 @@ class Attention(nn.Module):
         q, k, v = heads.split((H, KV, KV), 1)  # (B, H, T, D) and twice (B, KV, T, D)
 
         if self.config.arch == 'qwen3':
-            q, k = self.q_norm(q), self.k_norm(k)
+            # Under autocast q has 16 bits and the weight 32, which older versions of torch refuse.
+            dtype = self.q_norm.weight.dtype
+            q, k = self.q_norm(q.to(dtype)), self.k_norm(k.to(dtype))
         if rope is not None:  # cos and sin are float32; under autocast v is not
             q, k = apply_rope(q, *rope).to(v.dtype), apply_rope(k, *rope).to(v.dtype)
         if cache is not None:
@@ -296,6 +300,7 @@ class GPT(nn.Module):
             is_padding = torch.arange(V) >= config.vocab_size
             pad_mask = torch.zeros(V).masked_fill(is_padding, -math.inf)
         self.register_buffer('pad_mask', pad_mask, persistent=False)
+        self.max_logits = None  # at once, in the loss; None: MAX_LOGITS of the device
         self.init_weights()
 
         # Of a published model: the contents of its config.json and generation_config.json, of which
@@ -307,9 +312,18 @@ class GPT(nn.Module):
         x = self.forward_hidden(idx)
         if targets is None:
             return self.logits(x)
-        if targets.numel() * self.config.padded_vocab_size > MAX_LOGITS:
-            return chunked_loss(self, x, targets, reduction)
-        return token_loss(self.logits(x), targets, reduction, self.training)
+        if self.training:
+            return self.loss(x, targets, reduction)
+        # An evaluation is to be exact: a logit of -100 would be rounded by up to a quarter.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.loss(x.to(self.lm_head.weight.dtype), targets, reduction)
+
+    def loss(self, hidden, targets, reduction='mean'):
+        """Of what forward_hidden returns, (B, T, C)."""
+        max_logits = self.max_logits or MAX_LOGITS['cpu' if hidden.is_cpu else 'gpu']
+        if targets.numel() * self.config.padded_vocab_size > max_logits:
+            return chunked_loss(self, hidden, targets, reduction, max_logits)
+        return token_loss(self.logits(hidden), targets, reduction, self.training)
 
     def forward_hidden(self, idx, positions=None, caches=None):
         """idx (B, T) -> what lm_head takes, (B, T, C).
@@ -419,8 +433,8 @@ class GPT(nn.Module):
         """Continue the prompts idx, (B, T): yield max_new_tokens times the next tokens, (B, 1).
 
         Call eval() first. sampling: arguments of sample_next, such as temperature and top_k.
-        compile: compile the decoding step. Of a long prompt the last block_size tokens are used.
-        Nothing in here makes the host wait for the device.
+        compile: compile the decoding step; True, or a mode of torch.compile. Of a long prompt the
+        last block_size tokens are used. Nothing in here makes the host wait for the device.
         """
         block_size = self.config.block_size
         idx = idx[:, -block_size:]
@@ -429,7 +443,9 @@ class GPT(nn.Module):
         length = min(block_size, T + max_new_tokens)
         caches = [KVCache(self.config, B, length, self.wte.weight) for _ in self.blocks]
         positions = torch.arange(length, device=idx.device)
-        decode = torch.compile(self.next_logits) if compile else self.next_logits
+        decode = self.next_logits
+        if compile:
+            decode = torch.compile(decode, mode='default' if compile is True else compile)
 
         for n in range(T, T + max_new_tokens):  # n tokens so far
             if n == T:  # prefill: the whole prompt at once
@@ -462,17 +478,30 @@ class GPT(nn.Module):
         config = read_config(folder)
         if block_size:
             config = config.crop(block_size)
-        with SkipInit():
-            model = cls(replace(config, **changes))
+        model = cls.blank(replace(config, **changes))
         load_weights(model, folder)
         model.hf_config = read_json(folder, 'config.json')
         if os.path.exists(os.path.join(folder, 'generation_config.json')):
             model.generation_config = read_json(folder, 'generation_config.json')
         return model
 
+    @classmethod
+    def blank(cls, config):
+        """A model whose weights are not drawn, since others are about to be copied into it."""
+        with SkipInit():
+            return cls(config)
+
+    def blank_copy(self):
+        """A blank model on the CPU with all that is not weights."""
+        copy = self.blank(self.config)
+        copy.hf_config = self.hf_config
+        copy.generation_config = self.generation_config
+        return copy
+
     def save_pretrained(self, folder, special_ids=None):
         """Write config.json, generation_config.json and model.safetensors, for `transformers`.
 
+        Weights of more than MAX_FILE become several files, with model.safetensors.index.json.
         special_ids: {'bos', 'eos', 'pad': token id} of the tokenizer, for a model that has none of
         its own. Raises UserError, before it writes, for what would not be read back as it is.
         """
@@ -488,10 +517,10 @@ class GPT(nn.Module):
         for name, contents in files.items():
             with open(os.path.join(folder, name), 'w', encoding='utf-8') as file:
                 file.write(json.dumps(contents, indent=2) + '\n')
-        weights = {name: view.cpu().contiguous() for name, view in hf_tensors(self).items()}
+        weights = hf_tensors(self)
         if self.config.arch == 'gpt2' and not self.config.bias:
             add_zero_biases(weights)
-        save_file(weights, os.path.join(folder, 'model.safetensors'), metadata={'format': 'pt'})
+        save_weights(weights, folder)
 
     def stop_ids(self):
         """The ids of the tokens that end a text, as its published files name them: a set."""
@@ -563,6 +592,7 @@ def sample_next(
     # With exponential noise, the largest p / noise is a sample from p (Gumbel-max sampling). Unlike
     # torch.multinomial this does not make the host wait for the device.
     noise = torch.empty_like(probabilities).exponential_(generator=generator)
+    noise.clamp_(min=1e-30)  # on Apple's GPUs it may be 0, and 0 / 0 would be the largest
     drawn = (probabilities / noise).argmax(-1, keepdim=True)
     return drawn if ids is None else ids.gather(-1, drawn)
 
@@ -601,7 +631,7 @@ def upcast(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def chunked_loss(model, x, targets, reduction):
+def chunked_loss(model, x, targets, reduction, max_logits):
     """token_loss of model.logits(x), x (B, T, C), without having all logits at once.
 
     It saves memory under no_grad, and for the mean; unreduced losses with gradients keep them all.
@@ -609,7 +639,9 @@ def chunked_loss(model, x, targets, reduction):
     x = x.flatten(0, 1)
     flat_targets = targets.flatten()
     # Half as many logits per chunk, since their gradient is there at the same time.
-    rows = max(1, MAX_LOGITS // 2 // model.config.padded_vocab_size)
+    rows = max(1, max_logits // 2 // model.config.padded_vocab_size)
+    if rows > 128 and not x.is_cpu:
+        rows -= rows % 128  # a GPU multiplies tiles of so many rows
     if reduction == 'mean' and torch.is_grad_enabled():
         weight, bias = model.lm_head.weight, model.pad_mask
         return ChunkedLoss.apply(x, weight, bias, flat_targets, rows, model.training)
@@ -737,6 +769,8 @@ CONFIG_FILES = [
     'tokenizer.model', 'vocab.json', 'merges.txt',
 ]  # fmt: skip
 
+
+MAX_FILE = 5 * 10**9  # bytes of weights in one file
 
 # Entries of a published config.json that the ones written here replace, or that are for other code.
 REPLACED = ('torch_dtype', 'auto_map', 'transformers_version')
@@ -935,6 +969,20 @@ def list_weights(folder):
             shards = sorted(set(index.values()))
             return [os.path.join(folder, os.path.basename(shard)) for shard in shards]
     raise UserError(f'{folder} has neither model.safetensors nor pytorch_model.bin.')
+
+
+def save_weights(weights, folder):
+    """Write {name: tensor} to a folder, in one file or in shards, as the Hub's libraries do."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    split = split_torch_state_dict_into_shards(weights, max_shard_size=MAX_FILE)
+    for file, names in split.filename_to_tensors.items():
+        tensors = {name: weights[name].cpu().contiguous() for name in names}
+        save_file(tensors, os.path.join(folder, file), metadata={'format': 'pt'})
+    if split.is_sharded:
+        index = {'metadata': split.metadata, 'weight_map': split.tensor_to_filename}
+        with open(os.path.join(folder, 'model.safetensors.index.json'), 'w') as file:
+            file.write(json.dumps(index, indent=2) + '\n')
 
 
 def read_weights(path):

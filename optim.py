@@ -3,14 +3,16 @@
 Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/) is SGD with momentum whose
 updates are orthogonalized. It is for the matrices inside the blocks; embeddings, lm_head, norms and
 biases stay with AdamW. `torch.optim.Muon` treats one matrix at a time in bfloat16. Here all
-matrices of one shape are treated at once, in float32 except on CUDA, and several processes share
-the work.
+matrices of one shape are treated at once, on a CPU in float32, and several processes share the
+work.
 """
+
+from functools import partial
 
 import torch
 
 from parallel import full_tensor, shard_like, split_over_processes
-from runtime import UserError
+from runtime import UserError, pick_dtype
 
 # -----------------------------------------------------------------------------
 # which parameters are trained, and by which optimizer
@@ -107,7 +109,10 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, groups, lr=0.02, momentum=0.95, weight_decay=0.1, compile=False):
         defaults = {'lr': lr, 'momentum': momentum, 'weight_decay': weight_decay}
         super().__init__(groups, defaults)
-        self.orthogonalize = torch.compile(orthogonalize) if compile else orthogonalize
+        device = self.param_groups[0]['params'][0].device
+        dtype = getattr(torch, pick_dtype('auto', device))
+        in_dtype = partial(orthogonalize, dtype=dtype)
+        self.orthogonalize = torch.compile(in_dtype) if compile else in_dtype
 
     @torch.no_grad()
     def step(self):
@@ -139,15 +144,16 @@ class Muon(torch.optim.Optimizer):
         updates = torch.cat([split_over_processes(self.orthogonalize, x) for x in matrices], 1)
 
         lr = group['lr'] * full_tensor(taken)
-        updates = lr * updates
+        updates = lr * updates.to(lr.dtype)
         for parameter, update in zip(parameters, updates, strict=True):
             parameter.mul_(1 - lr * group['weight_decay'])
             parameter.sub_(shard_like(update, parameter))
 
 
-def orthogonalize(matrices):
+def orthogonalize(matrices, dtype):
     """(N, m, n) to about U V^T sqrt(max(1, m / n)), where U S V^T is the SVD of each matrix.
 
+    dtype: that of the computation and of the result, which is good enough in 16 bits.
     Five Newton-Schulz steps X <- a X + (b A + c A A) X with A = X X^T. The coefficients bring most
     singular values to between about 0.7 and 1.2, which is close enough to 1; very small ones only
     grow, by a factor of a = 3.4 at most in each step.
@@ -155,7 +161,7 @@ def orthogonalize(matrices):
     a, b, c = 3.4445, -4.7750, 2.0315
     _, m, n = matrices.shape
     is_tall = m > n
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    x = matrices.to(dtype)
     if is_tall:
         x = x.mT  # X^T X is smaller than X X^T
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -165,4 +171,4 @@ def orthogonalize(matrices):
         x = torch.baddbmm(x, polynomial, x, beta=a)
     if is_tall:
         x = x.mT * (m / n) ** 0.5
-    return x.to(matrices.dtype)
+    return x

@@ -2,7 +2,10 @@
 
 torchrun starts the processes and sets RANK, LOCAL_RANK, WORLD_SIZE and the address where they meet.
 Without it there is one process, and everything here does nothing. Tensors on the CPU go through
-gloo, those on CUDA through NCCL.
+gloo, those on a GPU through its own backend, NCCL on CUDA.
+
+FSDP2 is imported where it is used, since that takes a second. What it has sharded is known by its
+methods: a tensor by full_tensor, a module by reshard.
 """
 
 import math
@@ -11,9 +14,6 @@ import sys
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from runtime import UserError
@@ -58,24 +58,13 @@ def init_process_group(device, backend, micro_steps):
     if backend == 'nccl' and kind != 'cuda':
         raise UserError(f"backend='nccl' needs CUDA, and the device is {kind}: use --backend=gloo.")
     backends = 'gloo'
-    if kind == 'cuda':
-        device = claim_gpu()
-        backends = f'cpu:gloo,cuda:{backend or "nccl"}'
+    if kind != 'cpu':
+        backends = f'cpu:gloo,{kind}:{backend or dist.get_default_backend_for_device(kind)}'
     try:
         dist.init_process_group(backends)
     except (RuntimeError, ValueError) as error:  # torch.distributed's own errors are RuntimeErrors
         raise UserError(f'The processes cannot connect: {str(error).splitlines()[0]}') from None
     return device
-
-
-def claim_gpu():
-    """Make the GPU of this process the current device and return its name: one process, one GPU."""
-    local_rank = int(os.environ['LOCAL_RANK'])
-    n_gpus = torch.cuda.device_count()
-    if local_rank >= n_gpus:
-        raise UserError(f'More processes than the {n_gpus} GPUs here: lower --nproc_per_node.')
-    torch.cuda.set_device(local_rank)
-    return f'cuda:{local_rank}'
 
 
 def exit(status):
@@ -146,9 +135,11 @@ def split_over_processes(function, batch):
     padding = batch.new_zeros(rows * world_size - len(batch), *batch.shape[1:])
     padded = torch.cat((batch, padding))
     own_rows = padded[rank * rows : (rank + 1) * rows]
-    result = torch.empty_like(padded)
     own_result = function(own_rows).contiguous()  # NCCL takes no transposed tensor, gloo does
-    dist.all_gather_into_tensor(result, own_result)
+    result = own_result.new_empty(padded.shape)
+    all_gather = getattr(dist, 'all_gather_single', None)  # its name since torch 2.13
+    all_gather = all_gather or dist.all_gather_into_tensor
+    all_gather(result, own_result)
     return result[: len(batch)]
 
 
@@ -156,90 +147,126 @@ def split_over_processes(function, batch):
 # DDP and FSDP
 
 
-def distribute(model, fsdp, dtype):
-    """Return the model to train: replicated (DDP), or sharded in place, block by block (FSDP2)."""
+def distribute(model, device, dtype, fsdp=False, fsdp_replicas=1):
+    """Put a model on the device; return the one to train, which is replicated (DDP) or sharded.
+
+    FSDP2 shards in place, block by block, so that no device has all of it. fsdp_replicas: groups of
+    processes, each of which shards the model among its members (HSDP); ranks that follow each other
+    are in one group. Raises UserError where this cannot work.
+    """
     if fsdp and (not launched or dtype == 'float16'):
         raise UserError('fsdp=True is for torchrun, and for float32 or bfloat16.')
-    if not launched:
+    if world_size % fsdp_replicas or (fsdp_replicas > 1 and not fsdp):
+        what = f'fsdp_replicas={fsdp_replicas} needs fsdp=True'
+        raise UserError(f'{what} and must divide the number of processes, {world_size}.')
+    if fsdp:
+        shard_blocks(model, torch.device(device).type, getattr(torch, dtype), fsdp_replicas)
         return model
-    if not fsdp:
+    model.to(device)
+    if launched:
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
-    mesh = init_device_mesh(model.wte.weight.device.type, (world_size,))
-    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)
-    for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
     return model
 
 
+def shard_blocks(model, device_type, dtype, replicas):
+    """Shard a model by FSDP2, and move it to the devices.
+
+    It computes what DDP does under autocast: only the weights of blocks are gathered in 16 bits,
+    which autocast would round them to. The embeddings, and with them what flows from block to
+    block, the rotary positions, and all gradients that are summed up, stay in float32.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    shape, names = (world_size,), ('shard',)
+    if replicas > 1:
+        shape = (replicas, world_size // replicas)
+        names = ('replicate', 'shard')
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)
+
+
 def sync_gradients(train_model, on):
-    """Set whether the next backward pass averages the gradients over the processes."""
+    """Set whether the next backward pass averages the gradients over the processes.
+
+    Sharded ones are averaged in each: until then a process would hold all of them, unsharded. What
+    can wait is their average over the groups of fsdp_replicas.
+    """
     if isinstance(train_model, DistributedDataParallel):
         train_model.require_backward_grad_sync = on
-    elif launched:
-        train_model.set_requires_gradient_sync(on)
+    elif is_sharded(train_model):
+        train_model.set_requires_all_reduce(on)
+
+
+def is_sharded(model):
+    return hasattr(model, 'reshard')
 
 
 def full_tensor(tensor):
     """Gather a sharded tensor; return any other one as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
 
 
 def shard_like(tensor, parameter):
     """Shard a tensor, the same in every process, as a parameter is sharded."""
-    if not isinstance(parameter, DTensor):
+    if not hasattr(parameter, 'full_tensor'):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     mesh = parameter.device_mesh
     return distribute_tensor(tensor, mesh, parameter.placements, src_data_rank=None)
 
 
 def replicate_like(number, parameter):
     """Return a number, the same in every process, as the parameter's optimizer takes it."""
-    if not isinstance(parameter, DTensor):
+    if not hasattr(parameter, 'full_tensor'):
         return number
-    return DTensor.from_local(number, parameter.device_mesh, [Replicate()])
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = parameter.device_mesh
+    return DTensor.from_local(number, mesh, [Replicate()] * mesh.ndim)
 
 
 # -----------------------------------------------------------------------------
 # what a checkpoint holds: everything in one piece, whatever the number of processes
 
 
-def gather_full_state(model, optimizers):
-    """Gather what the processes have sharded.
+def copy_to_cpu(model, optimizers):
+    """Copy what is trained to rank 0's CPU, whole: (GPT, state of the optimizers).
 
-    Returns the model in one piece (with FSDP only on rank 0, elsewhere None) and the state of the
-    optimizers on the CPU, {name of the parameter: {name: tensor}}. All processes must call it.
+    The state is {name of the parameter: {name: tensor}}. Other processes get (None, {}), but must
+    call it: sharded tensors are gathered one after the other, so that no device has all of them.
     """
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if is_sharded(module):
             module.reshard()  # an evaluation leaves the outermost parameters gathered
 
+    is_main = rank == 0
+    full_model = model.blank_copy() if is_main else None
     state = {}
     for name, parameter in model.named_parameters():
+        weight = full_tensor(parameter.detach())
+        if is_main:
+            full_model.get_parameter(name).detach().copy_(weight)
         for optimizer in optimizers:
-            if parameter in optimizer.state:
-                tensors = optimizer.state[parameter].items()
-                state[name] = {key: full_tensor(tensor).cpu() for key, tensor in tensors}
-
-    if not isinstance(model, FSDPModule):
-        return model, state
-    weights = {name: full_tensor(tensor).cpu() for name, tensor in model.state_dict().items()}
-    if rank > 0:
-        return None, state
-    full_model = type(model)(model.config)  # FSDP's class of a model makes an ordinary one
-    full_model.load_state_dict(weights)
-    full_model.hf_config = model.hf_config
-    full_model.generation_config = model.generation_config
+            for key, tensor in optimizer.state.get(parameter, {}).items():
+                tensor = full_tensor(tensor)
+                if is_main:
+                    state.setdefault(name, {})[key] = tensor.to('cpu', copy=True)
     return full_model, state
 
 
 def restore_optimizers(model, optimizers, state):
-    """Load the state that gather_full_state() returned, however many processes there were then."""
+    """Load the state that copy_to_cpu() returned, however many processes there were then."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for parameter in group['params']:
                 for key, tensor in state.get(names[parameter], {}).items():
-                    tensor = tensor.to(parameter.device)
+                    tensor = tensor.to(parameter.device, copy=True)  # it may be a file's, mapped
                     if tensor.dim() > 0:  # step counts are not sharded
                         tensor = shard_like(tensor, parameter)
                     optimizer.state[parameter][key] = tensor

@@ -19,12 +19,20 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# (16-bit TFLOP/s without sparsity, GiB), from the makers' data sheets
+# (TFLOP/s, GiB), from the makers' data sheets: 16-bit matrix products without sparsity, with sums
+# in 32 bits; of Apple's, whose memory is the computer's, at most that of the model.
 GPUS = {
     'T4': (65, 16), 'V100': (125, 16), 'A10': (125, 24), 'L4': (121, 24), 'L40S': (362, 48),
-    'A100': (312, 80), 'H100': (989, 80), 'H200': (989, 141), 'B200': (2250, 180),
-    'RTX3090': (71, 24), 'RTX4090': (165, 24),
+    'A100-40GB': (312, 40), 'A100': (312, 80), 'H100': (989, 80), 'H200': (989, 141),
+    'B200': (2250, 180), 'MI300X': (1307, 192),
+    'RTX3060': (25, 12), 'RTX3070': (41, 8), 'RTX3080': (60, 10), 'RTX3090': (71, 24),
+    'RTX4060': (30, 8), 'RTX4070': (58, 12), 'RTX4080': (97, 16), 'RTX4090': (165, 24),
+    'RTX5070': (62, 12), 'RTX5080': (113, 16), 'RTX5090': (210, 32),
+    'M1': (2.6, 16), 'M1Max': (10.4, 64), 'M1Ultra': (21, 128), 'M2Ultra': (27, 192),
 }  # fmt: skip
+GRAPHICS_CARD = '/dev/nvidia0'  # is there where Linux has a driver for one
+
+DEVICES = ('cuda', 'xpu', 'mps', 'cpu')  # AMD's are called cuda as well, Intel's xpu
 
 stop = 0  # the signal that asked for an end, or 0
 _stop_time = 0.0  # when it came
@@ -155,41 +163,75 @@ def request_stop(number, frame):
 
 
 def pick_device(name):
-    """Return the device for a knob: 'auto' is the first there is of CUDA, MPS and the CPU.
+    """Return the device for a knob: 'auto' is the first there is of DEVICES.
 
-    Raises UserError for a device that cannot be used.
+    Under torchrun each process gets a GPU of its own. Raises UserError for a device that cannot be
+    used.
     """
     import torch
 
     if name == 'auto':
-        if torch.cuda.is_available():
-            name = 'cuda'
-        elif torch.backends.mps.is_available():
-            name = 'mps'
-        else:
-            name = 'cpu'
+        there_are = [kind for kind in DEVICES if torch.get_device_module(kind).is_available()]
+        name = there_are[0]
+        if name == 'cpu':
+            check_driver()
+    # Before anything is put on a GPU: on the first one, each process would take half a GiB.
+    if name in ('cuda', 'xpu') and 'LOCAL_RANK' in os.environ:
+        name = claim_gpu(name)
     try:
-        if torch.empty(1, device=name).device.type not in ('cuda', 'mps', 'cpu'):
-            raise RuntimeError('it is none of cuda, mps and cpu')
+        if torch.empty(1, device=name).device.type not in DEVICES:
+            raise RuntimeError(f'it is none of {", ".join(DEVICES)}')
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device='{name}' cannot be used here: {reason}") from None
+    if name == 'mps' and torch.__version__ < '2.13':  # its AdamW takes steps that it is to skip
+        raise UserError("device='mps' needs torch 2.13 or newer: use --device=cpu.")
     if name == 'cpu':
         keep_freed_memory()
     return name
 
 
-def pick_dtype(name, device):
-    """Return the dtype for a knob: 'auto' is a 16-bit one on CUDA, else float32."""
+def claim_gpu(kind):
+    """Make the GPU of this process the current device and return its name: one process, one GPU."""
     import torch
 
+    local_rank = int(os.environ['LOCAL_RANK'])
+    n_gpus = torch.get_device_module(kind).device_count()
+    if local_rank >= n_gpus:
+        raise UserError(f'More processes than the {n_gpus} GPUs here: lower --nproc_per_node.')
+    torch.get_device_module(kind).set_device(local_rank)
+    return f'{kind}:{local_rank}'
+
+
+def check_driver():
+    """Raise UserError where there is a GPU that torch was built for but cannot use.
+
+    A run would take a month on the CPU. Whoever hides the GPUs from CUDA wants the CPU.
+    """
+    import torch
+
+    is_hidden = 'CUDA_VISIBLE_DEVICES' in os.environ
+    if torch.version.cuda and os.path.exists(GRAPHICS_CARD) and not is_hidden:
+        needed = f'torch {torch.__version__} needs a driver for CUDA {torch.version.cuda}'
+        how = 'update the driver, install a torch for an older CUDA, or use --device=cpu'
+        raise UserError(f'There is a GPU that cannot be used, {needed}: {how}.')
+
+
+def pick_dtype(name, device):
+    """Return the dtype for a knob: 'auto' is float32 on the CPU and MPS, else a 16-bit one.
+
+    It is bfloat16 where the device computes in it; older GPUs, such as V100 and T4, emulate it.
+    """
+    import torch
+
+    kind = torch.device(device).type
     if name != 'auto':
         return name
-    if torch.device(device).type != 'cuda':
+    if kind in ('cpu', 'mps'):
         return 'float32'
-    if torch.cuda.is_bf16_supported(including_emulation=False):
+    if kind == 'xpu' or torch.cuda.is_bf16_supported(including_emulation=False):
         return 'bfloat16'
-    return 'float16'  # older than Ampere, e.g. V100 and T4
+    return 'float16'
 
 
 def make_autocast(device, dtype):
@@ -214,6 +256,15 @@ def can_compile(device):
     return True
 
 
+def to_device(device, *tensors):
+    """Copy tensors of the CPU to a device, to a GPU without waiting for it."""
+    import torch
+
+    if torch.device(device).type == 'cuda':  # from memory that is not pinned it would wait
+        return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
+    return [tensor.to(device) for tensor in tensors]
+
+
 def synchronize(device):
     """Wait until a device has done all that it was given."""
     import torch
@@ -229,8 +280,11 @@ def peak_flops(device, dtype):
         return None
     words = torch.cuda.get_device_name(device).replace('RTX ', 'RTX').replace('-', ' ').split()
     known = [GPUS[word] for word in words if word in GPUS]
-    # A card with one of these words in its name is slower than its namesake.
-    if not known or {'PCIe', 'NVL', 'Laptop', 'D', 'Ti', 'SUPER'}.intersection(words):
+    # A card with one of these words in its name is not as fast as its namesake.
+    others = {'PCIe', 'NVL', 'Laptop', 'D', 'Ti', 'SUPER'}
+    if 'A100' in words:
+        others.remove('PCIe')  # its PCIe card has the same peak
+    if not known or others.intersection(words):
         return None
     tflops, _ = known[0]
     return tflops * 1e12
@@ -254,8 +308,10 @@ def peak_memory_gib(device):
     """Return the most GiB in use so far: of the device on CUDA, else by this process."""
     import torch
 
-    if torch.device(device).type == 'cuda':
-        return torch.cuda.max_memory_allocated(device) / 2**30
+    if torch.device(device).type in ('cuda', 'xpu'):
+        return torch.get_device_module(device).max_memory_allocated(device) / 2**30
+    if torch.device(device).type == 'mps':  # it does not keep the peak
+        return torch.mps.driver_allocated_memory() / 2**30
     # First /proc: on Linux ru_maxrss may be that of the process which started this one.
     peak = process_peak_gib('self')
     if peak:

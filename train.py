@@ -87,6 +87,7 @@ dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: 16-bi
 compile: bool | None = None  # with torch.compile; None: on CUDA only
 activation_checkpointing = False  # compute activations twice, not keep them: slower, less memory
 fsdp = False  # under torchrun: shard parameters, gradients and optimizer state (FSDP2)
+fsdp_replicas = 1  # groups of processes that each shard all of it, such as one per machine (HSDP)
 # dry run
 plan = False  # do not train, print memory, time and cost
 plan_gpus = 1  # devices to plan for
@@ -97,7 +98,7 @@ config = configure(globals())  # sets the knobs above from config files and flag
 
 check_range(config, 1, 10**9, 'batch_size gradient_accumulation_steps block_size plan_gpus')
 check_range(config, 1, 10**9, 'eval_interval log_interval save_weights_interval sample_interval')
-check_range(config, 1, 10**9, 'keep_last early_stopping_patience max_skipped_steps')
+check_range(config, 1, 10**9, 'keep_last early_stopping_patience max_skipped_steps fsdp_replicas')
 check_range(config, 0, 10**18, 'max_iters seed warmup_iters lr_decay_iters')
 check_range(config, 0, 10**18, 'learning_rate muon_lr min_lr weight_decay grad_clip')
 check_range(config, 0, 1 - 1e-6, 'beta1 beta2 muon_momentum')
@@ -195,11 +196,10 @@ parallel.check_same_everywhere(found)
 if resuming and writes:
     checkpoint.quarantine_after(saved.path)  # newer ones, which load_run found damaged
 
-model.to(my_device)
 if activation_checkpointing:
     model.checkpoint_activations()
 # The same parameters; the wrapper of DDP is needed only where gradients are averaged.
-train_model = parallel.distribute(model, fsdp, precision)
+train_model = parallel.distribute(model, my_device, precision, fsdp, fsdp_replicas)
 
 # -----------------------------------------------------------------------------
 # optimizer
@@ -216,6 +216,10 @@ if resuming:
         scaler.load_state_dict(saved.scaler)
 if compiles:
     model.compile()  # in place, so train_model is compiled, too
+    if fsdp and activation_checkpointing:
+        # FSDP's hooks leave the blocks to Python, where torch's checkpoint() is not looked into.
+        for block in model.blocks:
+            block.forward = torch.compile(block.forward)
 
 
 def lr_multiplier(step):
@@ -268,6 +272,8 @@ def check_skipped_steps():
     new = total - progress.skipped_steps
     if new:
         reason = 'the loss or the gradient was not finite'
+        if scaler.is_enabled():
+            reason += ', as it may be in float16 now and then'
         report.print_line(f'step {progress.step:>6,}  {new} skipped: {reason}')
     progress.skipped_steps = total
     progress.skipped_in_a_row = in_a_row
@@ -310,18 +316,15 @@ def evaluate():
 
 
 def save_checkpoint(val_loss, must_succeed=False, weights_only=False):
-    """Save the run as it is now. Returns a word on how it went, for the terminal.
+    """Copy the run as it is now, and begin to save it. Returns a word for the terminal.
 
-    A full disk is no reason to end the training, unless this was its last chance to save.
+    must_succeed: wait until it is saved.
     """
-    gathered = [] if weights_only else optimizers
-    full_model, optimizer_state = parallel.gather_full_state(model, gathered)
+    check_save(wait=True)  # one at a time
+    copied = [] if weights_only else optimizers
+    full_model, optimizer_state = parallel.copy_to_cpu(model, copied)
     if not is_main:
         return ''
-    if not all(parameter.isfinite().all() for parameter in full_model.parameters()):
-        report.fail(
-            f'The weights are not finite at step {progress.step:,}: nothing is saved. {advice}'
-        )
     meta = {
         'format': 1, 'step': progress.step, 'val_loss': val_loss, 'config': run_config,
         'data': data.fingerprint(), 'torch': torch.__version__,
@@ -330,21 +333,39 @@ def save_checkpoint(val_loss, must_succeed=False, weights_only=False):
     if not weights_only:
         scaler_state = scaler.state_dict()
         state = {'progress': asdict(progress), 'optimizer': optimizer_state, 'scaler': scaler_state}
+    checkpoint.start_save(out_dir, full_model, tokenizer, meta, state, keep_last)
+    if must_succeed:
+        check_save(wait=True, must_succeed=True)
+    what = 'weights ' if weights_only else ''
+    return what + ('saved' if must_succeed else 'saving')
+
+
+def check_save(wait=False, must_succeed=False):
+    """Say what went wrong in the save that was begun last, if it has ended.
+
+    A full disk is no reason to end the training, unless this was its last chance to save.
+    """
     try:
-        checkpoint.flush(log_path)
-        checkpoint.save(out_dir, full_model, tokenizer, meta, state, keep_last)
+        checkpoint.finish_save(wait)
     except OSError as error:
         if must_succeed:
             report.fail(f'{error}. What was saved before is intact.')
-        return f'NOT SAVED: {error}'
-    return 'weights saved' if weights_only else 'saved'
+        report.print_line(f'step {progress.step:>6,}  NOT SAVED: {error}')
+    except UserError as error:
+        report.fail(f'{error} {advice}')
 
 
 def print_sample():
     """Print and log a sample. Sampling has its own generator, so the training is not touched."""
-    full_model, _ = parallel.gather_full_state(model, [])
-    if full_model is None:  # with FSDP rank 0 alone has all of it
-        return
+    full_model = model
+    if fsdp:
+        full_model, _ = parallel.copy_to_cpu(model, [])
+        if not is_main:
+            return
+        try:
+            full_model.to(my_device)
+        except torch.OutOfMemoryError:  # slow, but there it has room
+            full_model.to('cpu')
     full_model.eval()
     (sample,) = generate_text(
         full_model, tokenizer, sample_prompt,
@@ -352,12 +373,6 @@ def print_sample():
     )  # fmt: skip
     full_model.train()
     report.print_sample(log_path, progress.step, sample_prompt, sample.text)
-
-
-def to_device(*tensors):
-    if device_type == 'cuda':  # from pinned memory, without waiting for the copy
-        return [tensor.pin_memory().to(my_device, non_blocking=True) for tensor in tensors]
-    return [tensor.to(my_device) for tensor in tensors]
 
 
 # -----------------------------------------------------------------------------
@@ -405,8 +420,8 @@ report.print_headings(peak_flops)
 # the loop
 
 model.train()
-first_step = logged_step = progress.step
-first_seconds = logged_seconds = progress.train_seconds
+first_step = logged_step = timed_step = progress.step
+timed_seconds = logged_seconds = progress.train_seconds
 clock.resume()  # all that came before is not training
 while True:
     # After the last step the loop is entered once more, to evaluate and save the final weights.
@@ -416,6 +431,7 @@ while True:
     # nobody waits, and all stop at the same step.
     stop_signal = parallel.async_max(runtime.stop)
     is_new = step > first_step  # else this process has nothing to save or to show yet
+    check_save()
 
     # ---- now and then: evaluate, save, sample, while the clock of the training stands still
     eval_due = step % eval_interval == 0 or done
@@ -449,7 +465,8 @@ while True:
         if (eval_now or stop_signal) and is_main:
             report.update_plot(out_dir, step, done or stop_signal)
         if weights_now:
-            outcome = save_checkpoint(val_loss, weights_only=True)
+            is_last = bool(done or stop_signal)
+            outcome = save_checkpoint(val_loss, must_succeed=is_last, weights_only=True)
             report.print_line(f'{step:>9,}  {outcome}')
         if sample_now:
             print_sample()
@@ -478,7 +495,7 @@ while True:
         share = int((y != IGNORE).sum()) / n_targets
         torch.manual_seed(micro_step_seed(seed, step, micro_step))  # for dropout
         with autocast:
-            micro_loss = train_model(*to_device(x, y)) * share
+            micro_loss = train_model(*runtime.to_device(my_device, x, y)) * share
         # DDP and FSDP average; times world_size it is a sum.
         scaler.scale(micro_loss * parallel.world_size).backward()
         loss += micro_loss.detach()
@@ -512,7 +529,7 @@ while True:
         seconds = clock.seconds
         n_tokens = (progress.step - logged_step) * tokens_per_step
         tokens_per_second = n_tokens / (seconds - logged_seconds)
-        seconds_per_step = (seconds - first_seconds) / (progress.step - first_step)
+        seconds_per_step = (seconds - timed_seconds) / (progress.step - timed_step)
         record = {
             'step': progress.step,
             'tokens': tokens_seen(),
@@ -530,6 +547,11 @@ while True:
         report.print_progress(log_path, record, peak_flops, seconds_left)
         logged_step = progress.step
         logged_seconds = seconds
+    if progress.step == first_step + 1 and compiles:
+        # The first step has compiled the model: the rates are those of the steps after it.
+        runtime.synchronize(my_device)
+        logged_step = timed_step = progress.step
+        logged_seconds = timed_seconds = clock.seconds
 
 # -----------------------------------------------------------------------------
 # the end

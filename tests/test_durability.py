@@ -515,7 +515,7 @@ def test_a_full_disk_is_one_sentence_and_harms_no_checkpoint(sheep, tmp_path):
     result = command('train.py', *flags, cwd=tmp_path, preexec_fn=limit)
     assert result.returncode == 1
     assert result.stderr.count('\n') == 1
-    assert re.search(r'\n +4 .*, NOT SAVED: o/step_00000004', result.stdout)
+    assert re.search(r'\nstep +\d  NOT SAVED: o/step_00000004', result.stdout)
     assert 'o/step_00000006 could not be saved' in result.stderr
     assert 'What was saved before is intact' in result.stderr
     assert contents(out / 'step_00000002') == before

@@ -281,8 +281,8 @@ def test_an_added_parameter_is_trained_saved_and_resumed(
 
 
 def test_a_parameter_that_gpt_does_not_make_is_refused(run, sheep, hack, tmp_path):
-    move = '\nmodel.to(my_device)\n'
-    folder = hack(('train.py', move, '\nmodel.extra = torch.nn.Linear(3, 3)' + move))
+    before = '\ncheck_round_trip(model)'
+    folder = hack(('train.py', before, '\nmodel.extra = torch.nn.Linear(3, 3)' + before))
     result = train(run, *QWEN3, '--max_iters=2', folder=folder, code=1)
     assert result.is_one_sentence
     assert 'extra' in result.err
@@ -348,7 +348,7 @@ def z_loss(hack):
 @pytest.mark.parametrize('chunk', [2**30, 5000], ids=['at once', 'in chunks'])
 @pytest.mark.parametrize('arch', ['gpt2', 'qwen3'])
 def test_what_is_added_to_the_loss_has_its_gradients(z_loss, arch, chunk):
-    z_loss.MAX_LOGITS = chunk
+    z_loss.MAX_LOGITS = {'cpu': chunk}
     torch.manual_seed(0)
     shape = {'vocab_size': 999, 'block_size': 48, 'n_layer': 2, 'n_head': 2, 'n_embd': 32}
     model = z_loss.GPT(z_loss.GPTConfig(arch=arch, **shape)).double()

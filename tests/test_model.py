@@ -189,7 +189,7 @@ def test_a_loss_in_chunks_is_the_loss(monkeypatch, arch):
     y[0, 5:20] = IGNORE
     results = []
     for chunk in (2**30, 5000):  # all rows at once, and four or five at a time
-        monkeypatch.setattr(model_module, "MAX_LOGITS", chunk)
+        monkeypatch.setattr(model_module, "MAX_LOGITS", {'cpu': chunk})
         loss = model(x, y)
         model.zero_grad()
         (3 * loss).backward()
@@ -208,7 +208,7 @@ def test_a_loss_in_chunks_is_the_loss(monkeypatch, arch):
 
 @pytest.mark.parametrize('chunk', [2**30, 5000], ids=['at once', 'in chunks'])
 def test_the_losses_of_all_targets_have_the_loss_as_mean(monkeypatch, chunk):
-    monkeypatch.setattr(model_module, "MAX_LOGITS", chunk)
+    monkeypatch.setattr(model_module, "MAX_LOGITS", {'cpu': chunk})
     model = small_model(arch='qwen3', vocab_size=999).double()
     idx = random_ids(model, 3, 48)
     targets = idx.roll(-1, 1)
@@ -236,7 +236,7 @@ def test_the_losses_of_all_targets_have_the_loss_as_mean(monkeypatch, chunk):
 
 
 def test_evaluating_computes_no_gradients(monkeypatch):
-    monkeypatch.setattr(model_module, "MAX_LOGITS", 5000)
+    monkeypatch.setattr(model_module, "MAX_LOGITS", {'cpu': 5000})
     model = small_model()
     idx = random_ids(model, 2, 20)
     with FlopCounterMode(display=False) as forward:
@@ -250,7 +250,7 @@ def test_evaluating_computes_no_gradients(monkeypatch):
 @pytest.mark.parametrize('tied', [False, True])
 def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(monkeypatch, tied, in_chunks):
     if in_chunks:
-        monkeypatch.setattr(model_module, "MAX_LOGITS", 5000)
+        monkeypatch.setattr(model_module, "MAX_LOGITS", {'cpu': 5000})
     model = small_model(arch='qwen3', n_layer=3, tie_weights=tied)
     idx = random_ids(model, 2, 20)
     model(idx, idx).backward()

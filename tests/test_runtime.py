@@ -192,10 +192,13 @@ def test_auto_takes_the_first_device_there_is(monkeypatch):
         return torch.zeros(n)
 
     monkeypatch.setattr(torch, 'empty', empty)
-    for cuda, mps, expected in [(True, True, 'cuda'), (False, True, 'mps'), (False, False, 'cpu')]:
-        monkeypatch.setattr(torch.cuda, 'is_available', lambda cuda=cuda: cuda)
-        monkeypatch.setattr(torch.backends.mps, 'is_available', lambda mps=mps: mps)
+    there_are = set(runtime.DEVICES)
+    for kind in runtime.DEVICES[:-1]:
+        module = torch.get_device_module(kind)
+        monkeypatch.setattr(module, 'is_available', lambda kind=kind: kind in there_are)
+    for expected in ('cuda', 'xpu', 'mps', 'cpu'):
         assert runtime.pick_device('auto') == expected == tried[-1]
+        there_are.remove(expected)
 
 
 @pytest.mark.parametrize('name', ['gpu', 'cuda:99', 'meta', '', 'cpu:x'])
@@ -237,7 +240,9 @@ def test_mfu_is_given_where_the_peak_is_known(monkeypatch):
         'NVIDIA H100 PCIe': None,
         'NVIDIA GeForce RTX 4090 Laptop GPU': None,
         'NVIDIA A10G': None,
-        'AMD Instinct MI300X': None,
+        'NVIDIA A100 80GB PCIe': 312,
+        'AMD Instinct MI300X': 1307,
+        'AMD Instinct MI210': None,
     }
     for name, peak in names.items():
         monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device, name=name: name)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 import checkpoint
 import model as model_module
+import parallel
 import tokenizer
 from data import (
     IGNORE,
@@ -216,7 +217,7 @@ def test_the_clock_counts_steps_and_not_evaluating_or_saving(run, sheep, tmp_pat
 
     monkeypatch.setattr(time, 'perf_counter', lambda: seconds[0])
     monkeypatch.setattr(torch.optim.AdamW, 'step', passing(torch.optim.AdamW.step, 2.0))
-    monkeypatch.setattr(checkpoint, 'save', passing(checkpoint.save, 1000.0))
+    monkeypatch.setattr(parallel, 'copy_to_cpu', passing(parallel.copy_to_cpu, 1000.0))
     monkeypatch.setattr(GPT, 'forward', forward)
     flags = ['--max_iters=6', '--log_interval=2', '--gradient_accumulation_steps=3']
     train(run, *flags, '--eval_interval=3')
@@ -309,7 +310,7 @@ def test_what_is_for_speed_ends_where_the_rest_does(run, sheep, tmp_path, monkey
             train(run, *flags, seed, '--compile', out=f'fast{seed}')
         else:
             with monkeypatch.context() as context:
-                context.setattr(model_module, "MAX_LOGITS", 10_000)
+                context.setattr(model_module, "MAX_LOGITS", {'cpu': 10_000})
                 train(run, *flags, seed, out=f'fast{seed}')
         plain = losses(tmp_path / f'plain{seed}')[30]
         fast = losses(tmp_path / f'fast{seed}')[30]
