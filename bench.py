@@ -2,9 +2,8 @@
 
     python bench.py race                      # seconds to equal loss: our recipe and nanoGPT's, CPU
     python bench.py step                      # one training step of GPT-2 124M, random weights
-    python bench.py step --device=cuda --dtype=bfloat16 --batch_size=16
     python bench.py sample                    # GPT-2 124M generates one sequence
-    python bench.py sample --device=cuda --dtype=bfloat16 --variants=ours,compiled
+    python bench.py gpu                       # all that a GPU is to be measured with, ten minutes
     python bench.py prepare --corpus_mb=1000  # tokenizing a text with all cores
     python bench.py data                      # reading batches, without a model
 """
@@ -37,10 +36,12 @@ from data import count_windows, get_batch, training_order
 from inference import fast_cpu_decode, to_column_major
 from model import GPT, PUBLISHED, GPTConfig
 
+SIZES = {**PUBLISHED, 'tiny': {'n_layer': 2, 'n_head': 2, 'n_embd': 64}}
+
 # -----------------------------------------------------------------------------
-size: Literal['gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'] = 'gpt2'  # of the model
+size: Literal['gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', 'tiny'] = 'gpt2'  # of the model
 arch: Literal['gpt2', 'qwen3', 'llama'] = 'gpt2'  # its architecture
-batch_size = 1  # step, data: sequences per batch
+batch_size: int | None = None  # step, data: sequences per batch; None: 16 on a GPU, else 1
 block_size = 1024  # step, data: tokens per sequence
 prompt_tokens = 8  # sample: length of the prompt
 repeats = 3  # each figure is the median of this many; race: the number of seeds
@@ -48,7 +49,7 @@ dataset = 'shakespeare_char'  # race: what it is run on
 baseline = 'config/baseline_shakespeare_char.py'  # race: the recipe that sets the loss to reach
 recipe = 'config/train_shakespeare_char.py'  # race: the recipe that has to reach it
 device = 'auto'  # 'cuda', 'mps', 'cpu'; 'auto' takes the first there is
-dtype: Literal['float32', 'bfloat16'] = 'float32'  # of the computation
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: 16-bit on a GPU only
 corpus_mb = 200  # prepare: megabytes of text
 variants: str | None = None  # step, sample: rows to measure, comma separated; None: all
 json_file: str | None = None  # write the figures there, too
@@ -72,7 +73,8 @@ def print_machine(device):
     name = f'{device}, {torch.get_num_threads()} threads'
     if device.type == 'cuda':
         name = torch.cuda.get_device_name(device)
-    print(f'{size}, {arch}, {name}, {dtype}, torch {torch.__version__}')
+    precision = runtime.pick_dtype(dtype, device)
+    print(f'{size}, {arch}, {name}, {precision}, torch {torch.__version__}')
 
 
 def run_python(name, *args):
@@ -148,13 +150,17 @@ def find_config(name):
 
 def train(config, seed, *flags):
     """Train with a config file. Returns [(validation loss, seconds of training)], in order."""
-    with tempfile.TemporaryDirectory() as folder:
-        flags += (f'--dataset={dataset}', f'--device={device}', f'--seed={seed}')
-        flags += (f'--out_dir={folder}', '--always_save_checkpoint=False')
-        run_python(config, ROOT / 'train.py', config, *flags)
-        records = report.read_log(folder)
+    records = run_training(config, f'--dataset={dataset}', f'--seed={seed}', *flags)
     evals = [record for record in records if 'val_loss' in record and record['step'] > 0]
     return [(record['val_loss'], record['train_seconds']) for record in evals]
+
+
+def run_training(config, *flags):
+    """Train with a config file, in a folder that is removed. Returns the records of the log."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags += (f'--device={device}', f'--out_dir={folder}', '--always_save_checkpoint=False')
+        run_python(config, ROOT / 'train.py', config, *flags)
+        return report.read_log(folder)
 
 
 # -----------------------------------------------------------------------------
@@ -167,38 +173,56 @@ def bench_step():
     Plain torch has an unfused AdamW and all logits at once.
     """
     torch_device = torch.device(pick_device(device))
-    names = pick_variants(torch_device, ['plain', 'ours', 'plain compiled', 'ours compiled'])
-    shape = PUBLISHED[size] | {'arch': arch, 'block_size': block_size}
-    ceiling = matmul_flops(torch_device)
+    known = ['plain', 'ours', 'plain compiled', 'ours compiled']
+    return measure_steps(torch_device, pick_variants(torch_device, known), repeats)
+
+
+def measure_steps(torch_device, names, repeats):
+    """Measure a step of each variant, in turns, and print a table."""
+    precision = runtime.pick_dtype(dtype, torch_device)
+    rows = batch_size or (1 if torch_device.type == 'cpu' else 16)
+    shape = SIZES[size] | {'arch': arch, 'block_size': block_size}
+    ceiling = matmul_flops(torch_device, precision)
     results = {name: [] for name in names}
     for _ in range(repeats):
         for name in names:  # in turns, since a machine's speed drifts
             # Each in a process of its own, since a process keeps memory that it has had.
-            arguments = json.dumps([name, str(torch_device), dtype, batch_size, shape])
+            arguments = json.dumps([name, str(torch_device), precision, rows, shape])
             printed = run_python(name, __file__, 'measure_step', arguments)
             results[name].append(json.loads(printed.splitlines()[-1]))
-            ceiling = max(ceiling, matmul_flops(torch_device))
+            ceiling = max(ceiling, matmul_flops(torch_device, precision))
 
     print_machine(torch_device)
     matmul = f'matrix products reach {ceiling / 1e12:.3f} TFLOP/s here'
-    print(f'{batch_size} x {block_size} tokens per step; {matmul}')
+    peak = runtime.peak_flops(torch_device, precision)
+    if peak:
+        matmul += f', {ceiling / peak:.1%} of the peak'
+    print(f'{rows} x {block_size} tokens per step; {matmul}')
     print(f'{"":16}{"ms":>10}{"tokens/s":>12}{"TFLOP/s":>10}{"of ceiling":>12}{"peak GiB":>10}')
     figures = {}
     for name in names:
         seconds, gib, flops = medians(results[name])
         ms = 1000 * seconds
-        rate = batch_size * block_size / seconds
+        rate = rows * block_size / seconds
         speed = flops / seconds
         share = speed / ceiling
         print(f'{name:16}{ms:>10,.1f}{rate:>12,.1f}{speed / 1e12:>10.3f}{share:>12.1%}{gib:>10.2f}')
         figures[name] = {
             'ms': ms, 'tokens_per_second': rate, 'flops': speed, 'share': share, 'peak_gib': gib,
         }  # fmt: skip
+        if peak:
+            figures[name]['mfu'] = speed / peak
+    if peak:
+        mfu = ', '.join(f'{name} {row["mfu"]:.1%}' for name, row in figures.items())
+        print(f'MFU: {mfu}')
     return {'gemm_flops': ceiling, 'variants': figures}
 
 
 def measure_step(variant, device, dtype, batch_size, shape):
-    """Return the seconds, peak memory and operations of the third step of a variant."""
+    """Return the seconds, peak memory and operations of a step of a variant, after two others.
+
+    'ours compiled 2**26', for one, has at most so many logits at once in its loss.
+    """
     device = torch.device(device)
     is_ours = variant.startswith('ours')
     if is_ours and device.type == 'cpu':
@@ -206,9 +230,12 @@ def measure_step(variant, device, dtype, batch_size, shape):
     torch.set_float32_matmul_precision('high')
     torch.manual_seed(0)
     model = GPT(GPTConfig(**shape)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=is_ours, foreach=False)
+    if '2**' in variant:
+        model.max_logits = 2 ** int(variant.rpartition('2**')[2])
+    # Plain torch has its defaults.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=is_ours or None)
     idx = torch.randint(0, 50257, (batch_size, shape['block_size'])).to(device)
-    if variant.endswith('compiled'):
+    if 'compiled' in variant:
         model.compile()
 
     def step():
@@ -221,7 +248,13 @@ def measure_step(variant, device, dtype, batch_size, shape):
     # The first step creates the optimizer's state, the second finds memory beside it.
     step()
     step()
-    seconds = seconds_of(device, step)
+    n_steps = 1 if device.type == 'cpu' else 10  # a GPU's are short
+
+    def steps():
+        for _ in range(n_steps):
+            step()
+
+    seconds = seconds_of(device, steps) / n_steps
     return seconds, runtime.peak_memory_gib(device), idx.numel() * model.flops_per_token()
 
 
@@ -229,10 +262,11 @@ def plain_loss(model, x, y):
     return F.cross_entropy(model(x).float().flatten(0, 1), y.flatten())
 
 
-def matmul_flops(device):
+def matmul_flops(device, precision):
     """Measure the FLOP/s of large matrix products, the best of ten: the ceiling for a step."""
-    n = 8192 if device.type == 'cuda' else 1536
-    a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, dtype))
+    torch.set_float32_matmul_precision('high')  # as in a step
+    n = 1536 if device.type == 'cpu' else 8192
+    a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, precision))
     return 2 * n**3 / min(seconds_of(device, torch.matmul, a, b) for _ in range(10))
 
 
@@ -243,13 +277,20 @@ def matmul_flops(device):
 def bench_sample():
     """Measure generating 64 and 256 tokens greedily: with a KV cache, without, transformers'."""
     torch_device = torch.device(pick_device(device))
-    names = pick_variants(torch_device, ['uncached', 'ours', 'compiled', 'transformers'])
+    known = ['uncached', 'ours', 'compiled', 'transformers']
+    if torch_device.type == 'cuda':
+        known.insert(3, 'compiled, graphs')
+    return measure_sampling(torch_device, pick_variants(torch_device, known))
+
+
+def measure_sampling(torch_device, names):
+    """Measure each variant, in turns, and print a table."""
     generate = {name: make_generator(name, torch_device) for name in names}
     idx = torch.randint(0, 50257, (1, prompt_tokens), device=torch_device)
     rates = {(name, n): [] for name in names for n in (64, 256)}
     with torch.inference_mode():
         for name, n in rates:
-            n_warmup = n if name == 'compiled' else 8  # it is compiled for each length
+            n_warmup = n if 'compiled' in name else 8  # it is compiled for each length
             generate[name](idx, n_warmup)
         for _ in range(repeats):
             for name, n in rates:  # in turns, since a machine's speed drifts
@@ -268,15 +309,16 @@ def bench_sample():
 def make_generator(name, device):
     """Return a variant as a function (idx, n) -> tokens, with a model of its own."""
     torch.manual_seed(0)  # the same weights in all variants
-    model = GPT(GPTConfig(arch=arch, **PUBLISHED[size]))
-    model = model.to(device, getattr(torch, dtype)).eval()
+    model = GPT(GPTConfig(arch=arch, **SIZES[size]))
+    model = model.to(device, getattr(torch, runtime.pick_dtype(dtype, device))).eval()
     if name == 'transformers':
         generate = to_transformers(model).generate
         return lambda idx, n: generate(idx, max_new_tokens=n, min_new_tokens=n, do_sample=False)
     if name == 'uncached':
         return lambda idx, n: generate_uncached(model, idx, n)
 
-    is_compiled = name == 'compiled'
+    # CUDA graphs launch the kernels of a token at once.
+    is_compiled = {'compiled': True, 'compiled, graphs': 'reduce-overhead'}.get(name, False)
     if device.type == 'cpu':  # as sample.py does
         prepare_for_cpu = fast_cpu_decode if is_compiled else to_column_major
         prepare_for_cpu(model)
@@ -302,6 +344,54 @@ def to_transformers(model):
         model.save_pretrained(folder)
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=weight.dtype)
     return theirs.to(weight.device)
+
+
+# -----------------------------------------------------------------------------
+# gpu
+
+# Of logits at once in the loss, see model.MAX_LOGITS.
+CHUNKS = [f'ours compiled 2**{power}' for power in (24, 26, 27, 28, 29)]
+# The rate of the first is compared with that of the second, in equally many tokens.
+RECIPES = ('train_gpt2', 'speedrun_gpt2', 'train_wikitext', 'wikitext_fast', 'train_tinystories')
+
+
+def bench_gpu():
+    """Measure a step, the size of the loss's chunks, sampling, and 50 steps of the recipes.
+
+    The recipes train on the bundled text, with one micro-batch of the same size per step.
+    """
+    torch_device = torch.device(pick_device(device))
+    figures = {}
+    known = ['plain', 'ours', 'plain compiled', 'ours compiled']
+    figures['step'] = measure_steps(torch_device, pick_variants(torch_device, known), 1)
+    print()
+    figures['chunks'] = measure_steps(torch_device, pick_variants(torch_device, CHUNKS), 1)
+    print()
+    figures['sample'] = bench_sample()
+    if not (Path('data') / 'shakespeare' / 'meta.json').exists():
+        run_python('prepare.py', ROOT / 'prepare.py', '--quiet')
+    print(f'\n{"50 steps":18}{"final loss":>12}{"tokens/s":>12}{"TFLOP/s":>10}{"GiB":>8}')
+    figures['recipes'] = {recipe: run_recipe(recipe) for recipe in RECIPES}
+    return figures
+
+
+def run_recipe(recipe):
+    """Train 50 steps by a recipe, print its figures and return them."""
+    flags = {
+        'max_iters': 50, 'eval_interval': 50, 'warmup_iters': 5, 'log_interval': 25,
+        'gradient_accumulation_steps': 1, 'block_size': block_size, 'dataset': 'shakespeare',
+    }  # fmt: skip
+    if batch_size:
+        flags['batch_size'] = batch_size
+    if size == 'tiny':
+        flags |= SIZES['tiny']
+    flags = [f'--{name}={value}' for name, value in flags.items()]
+    records = run_training(find_config(f'config/{recipe}.py'), *flags)
+    last = [record for record in records if 'tokens_per_second' in record][-1]
+    loss = records[-1]['val_loss']
+    rate, tflops, gib = last['tokens_per_second'], last['tflops'], last['gib']
+    print(f'{recipe:18}{loss:>12.4f}{rate:>12,}{tflops:>10.3g}{gib:>8.2f}', flush=True)
+    return {'val_loss': loss, 'tokens_per_second': rate, 'tflops': tflops, 'gib': gib}
 
 
 # -----------------------------------------------------------------------------
@@ -389,9 +479,10 @@ def run_prepare(folder, cores):
 
 def bench_data():
     """Measure reading batches in their order, from 100 million random tokens, in one thread."""
+    rows = batch_size or 1
 
     def read_batch(step):
-        window_ids = training_order(step * batch_size, batch_size, n_windows, seed=1)
+        window_ids = training_order(step * rows, rows, n_windows, seed=1)
         get_batch(tokens, block_size, window_ids)
 
     with tempfile.TemporaryFile() as file:
@@ -401,8 +492,8 @@ def bench_data():
         seconds = [seconds_of('cpu', read_batch, step) for step in range(200 * repeats)]
     median = statistics.median(seconds)
     worst = max(seconds)
-    rate = batch_size * block_size / median
-    print(f'{batch_size} x {block_size} tokens: {1000 * median:.3f} ms, ', end='')
+    rate = rows * block_size / median
+    print(f'{rows} x {block_size} tokens: {1000 * median:.3f} ms, ', end='')
     print(f'at worst {1000 * worst:.1f} ms\n{rate:,.0f} tokens/s')
     return {'tokens_per_second': rate, 'median_seconds': median, 'worst_seconds': worst}
 
@@ -412,7 +503,7 @@ def bench_data():
 
 BENCHMARKS = {
     'race': bench_race, 'step': bench_step, 'sample': bench_sample, 'prepare': bench_prepare,
-    'data': bench_data,
+    'data': bench_data, 'gpu': bench_gpu,
 }  # fmt: skip
 
 _args = sys.argv[1:]

@@ -7,12 +7,18 @@ attention with dropout on a CPU takes more. Floating-point operations are those 
 GPT.flops_per_token.
 
 Under FSDP each of N devices keeps 1/N of weights, gradients and optimizer state. Gathered at a time
-are the embeddings and two blocks, in the dtype of the computation, and their gradients in float32
-(Zhao et al., 2023, PyTorch FSDP). About 20 tokens per parameter are the best use of a given number
+are what is around the blocks, in float32, and two blocks, in the dtype of the computation (Zhao et
+al., 2023, PyTorch FSDP). About 20 tokens per parameter are the best use of a given number
 of operations (Hoffmann et al., 2022, Chinchilla).
+
+What the devices send each other: an all-reduce of n bytes over N devices has each of them send
+2 (N - 1) / N n, an all-gather or a reduce-scatter half of that (rings; Patarasuk and Yuan, 2009).
 """
 
 import math
+import os
+import statistics
+import time
 import warnings
 import weakref
 from dataclasses import fields, replace
@@ -22,20 +28,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import tokenizer as tokenizers
 from data import Mixture, dataset_folder, list_folder, parse_mixture
-from model import GPT, PUBLISHED, GPTConfig, find_pretrained, read_config
-from optim import freeze, make_optimizers
+from inference import load_tokenizer
+from model import GPT, MAX_LOGITS, PUBLISHED, GPTConfig, find_pretrained, read_config
+from optim import freeze, make_optimizers, parameter_groups
 from parallel import check_division
 from report import duration
-from runtime import GPUS, UserError, make_autocast
+from runtime import GPUS, UserError, keep_freed_memory, make_autocast
 
 # The columns of the table of memory, and their widths.
 COLUMNS = {
-    'weights': 8, 'gradients': 10, 'optimizer': 10, 'activations': 12, 'loss etc.': 10, 'peak': 6,
+    'weights': 8, 'gradients': 10, 'optimizer': 10, 'activations': 12, 'loss etc.': 10, 'peak': 8,
 }  # fmt: skip
 MOST_LOGITS = 2**35  # more at once fit on no device
 OWN_MODELS = ('scratch', 'resume', 'auto')  # init_from for a model that the knobs describe
-
+FLOAT32_ONLY = ('CPU', 'M1', 'M1Max', 'M1Ultra', 'M2Ultra')  # by dtype='auto'
 
 # -----------------------------------------------------------------------------
 # memory
@@ -65,21 +73,32 @@ class Memory(TorchDispatchMode):
         self.now -= size
 
 
-def dry_run(shape, knobs, activation_checkpointing):
+def make_training(model, knobs):
+    """Freeze what is to be frozen, and return the optimizers. Their numbers do not matter here."""
+    freeze(model, knobs['freeze'])
+    return make_optimizers(model, knobs['optimizer'], 1e-3, (0.9, 0.95), 0.1, 0.02, 0.95)
+
+
+def dry_run(shape, knobs, activation_checkpointing, where='cpu', block_dtype=None):
     """Run one step with fake tensors. Returns {what: bytes} on a device that holds all of it.
 
-    Gradients exist from the start, as in all micro-steps but the first.
+    'activations' are held at the end of the blocks, 'loss etc.' is what more is needed at the peak
+    of the step, and 'update' is what the optimizers need beside the first three. Gradients exist
+    from the start, as in all micro-steps but the first. where: 'cpu' or 'gpu', as in
+    model.MAX_LOGITS. block_dtype: of the weights in the blocks, where that is not float32.
     """
     live = []  # bytes at the end of the blocks
     with FakeTensorMode(), Memory() as memory:
         model = GPT(replace(shape))
         model.config.dropout = 0.0  # attention's, which on CUDA needs no memory; the others stay
+        model.max_logits = MAX_LOGITS[where]
+        for layer in model.blocks.modules() if block_dtype else ():
+            for name, parameter in list(layer.named_parameters(recurse=False)):
+                setattr(layer, name, torch.nn.Parameter(parameter.detach().to(block_dtype)))
         if activation_checkpointing:
             model.checkpoint_activations()
-        freeze(model, knobs['freeze'])
         weights = memory.now
-        # Their numbers do not matter for the memory.
-        optimizers = make_optimizers(model, knobs['optimizer'], 1e-3, (0.9, 0.95), 0.1, 0.02, 0.95)
+        optimizers = make_training(model, knobs)
 
         # The state of an optimizer is created by its first step.
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -95,6 +114,8 @@ def dry_run(shape, knobs, activation_checkpointing):
             loss = model(idx, idx)
         loss.backward()
         del loss
+        backward_peak = memory.peak
+        memory.peak = memory.now
         for optimizer in optimizers:
             optimizer.step()
 
@@ -103,67 +124,131 @@ def dry_run(shape, knobs, activation_checkpointing):
         'weights': weights,
         'gradients': sum(parameter.nbytes for parameter in trained),
         'optimizer': sum(tensor.nbytes for state in states for tensor in state.values()),
-        'activations': live[0] - before,
     }
-    held['loss etc.'] = memory.peak - sum(held.values())
-    held['peak'] = memory.peak
-    return held
+    update = memory.peak - sum(held.values())
+    held['activations'] = live[0] - before
+    peak = max(memory.peak, backward_peak)
+    held['loss etc.'] = peak - sum(held.values())
+    return held | {'peak': peak, 'update': update}
 
 
-def gathered_bytes(model, dtype):
-    """Return the bytes that FSDP gathers at a time: all but the blocks, and two of these."""
-    gathered = 2 * list(model.blocks[-1].parameters())
-    gathered += [p for name, p in model.named_parameters() if not name.startswith('blocks.')]
-    bytes_per_weight = 4 if dtype == 'float32' else 2
-    weights = sum(bytes_per_weight * p.numel() for p in gathered)
-    gradients = sum(4 * p.numel() for p in gathered if p.requires_grad)
-    return weights + gradients
+def shard(shape, knobs, whole, n_shards, recomputed=0):
+    """Return {what: bytes} on each of n_shards devices, from what dry_run() says of a single one.
 
+    Beside their shares, devices hold the weights around the blocks, in float32, and
+    at the end of the blocks: the weights of one block, and what the loss needs;
+    in a block's backward pass: the weights of two blocks, the gradients of one, which are being
+        summed up in float32, and of lm_head, and what is recomputed.
 
-def shard(held, n_shards, gathered):
-    """Return {what: bytes} on each of the devices that shard what dry_run() says is held."""
-    row = {'activations': held['activations'], 'loss etc.': held['loss etc.'] + gathered}
+    whole: of a model all in float32. recomputed: bytes of activations of a block, where they are
+    not kept.
+    """
+    block_dtype = getattr(torch, knobs['dtype'])  # autocast has nothing to copy then
+    row = dry_run(shape, knobs, recomputed > 0, 'gpu', block_dtype)
+    with torch.device('meta'):
+        model = GPT(shape)
+    n_in_blocks = sum(p.numel() for p in model.blocks.parameters())
+    n_around = sum(p.numel() for p in model.parameters()) - n_in_blocks
+    n_in_block = n_in_blocks // shape.n_layer
+    block = n_in_block * block_dtype.itemsize
+    at_the_loss = block + row['loss etc.']
+    in_a_block = 2 * block + 4 * n_in_block + 4 * model.lm_head.weight.numel() + recomputed
+    needed = row['activations'] + 4 * n_around + max(at_the_loss, in_a_block)
+    row['loss etc.'] = max(needed, whole['update']) - row['activations']
     for name in ('weights', 'gradients', 'optimizer'):
-        row[name] = held[name] / n_shards
-    return row | {'peak': sum(row.values())}
+        row[name] = whole[name] / n_shards
+    row['peak'] = sum(row[name] for name in COLUMNS if name != 'peak')
+    return row
+
+
+def traffic(model, knobs, n_devices, n_micro_steps):
+    """Return the bytes that each device sends in a step: {how: bytes}.
+
+    n_micro_steps: of each device. 'HSDP' is what crosses from group to group of fsdp_replicas.
+    """
+    n_shards = n_devices // knobs['fsdp_replicas']
+    sent_of = (n_shards - 1) / n_shards  # by an all-gather, or a reduce-scatter
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = 4 * sum(p.numel() for p in trained)
+    in_blocks = sum(p.numel() for p in model.blocks.parameters())
+    around = sum(p.numel() for p in model.parameters()) - in_blocks
+    itemsize = getattr(torch, knobs['dtype']).itemsize
+    # Blocks are gathered for the forward and for the backward pass, the rest once.
+    gathered = 2 * itemsize * in_blocks + 4 * around
+
+    matrices = 0
+    if knobs['optimizer'] == 'muon':
+        groups = [group for group in parameter_groups(model, 0.0) if 'out_sizes' in group]
+        matrices = sum(p.numel() for group in groups for p in group['params'])
+    all_sent_of = (n_devices - 1) / n_devices
+    updates = itemsize * matrices * all_sent_of  # from the process that has computed them
+    return {
+        'DDP': 2 * gradients * all_sent_of + updates,
+        'FSDP': (n_micro_steps * (gathered + gradients) + 4 * matrices) * sent_of + updates,
+        'HSDP': 2 * gradients / n_shards * (1 - 1 / knobs['fsdp_replicas']) + updates,
+    }
 
 
 # -----------------------------------------------------------------------------
 # the plan
 
 
-def model_shape(config, vocab_size):
-    """Return the GPTConfig of the model that a run would train on a text of this vocabulary."""
+def open_data(config):
+    """Return the Mixture of a run, or None, and the folders of its datasets that are missing.
+
+    Raises UserError where a run would refuse them.
+    """
+    names, _ = parse_mixture(config['dataset'])
+    folders = [dataset_folder(name) for name in names]
+    # A folder of nanoGPT's or llm.c's files gets its meta.json from a run: a plan writes nothing.
+    missing = [folder for folder in folders if 'meta.json' not in list_folder(folder)]
+    if missing:
+        return None, missing
+    data = Mixture(config['dataset'], config['block_size'], config['stride'])
+    for each in data.datasets:
+        each.check_length(config['block_size'])
+    return data, missing
+
+
+def model_shape(config, data):
+    """Return the GPTConfig of the model that a run would train on a text, a Mixture or None.
+
+    Raises UserError where the text has another vocabulary than a published model.
+    """
     source = config['init_from']
     if source in OWN_MODELS:
+        vocab_size = data.tokenizer.n_vocab if data else GPTConfig.vocab_size
         names = [field.name for field in fields(GPTConfig) if field.name in config]
         return GPTConfig(vocab_size=vocab_size, **{name: config[name] for name in names})
     if source in PUBLISHED:  # nothing is downloaded
         shape = GPTConfig(**PUBLISHED[source])
+        is_other = data and data.tokenizer.n_vocab != shape.vocab_size
+        tokenizer = tokenizers.build('gpt2') if is_other else None
     else:
-        shape = read_config(find_pretrained(source, with_weights=False))
+        folder = find_pretrained(source, with_weights=False)
+        shape = read_config(folder)
+        tokenizer = load_tokenizer(folder, shape.vocab_size)
+    if data and tokenizer:
+        for each in data.datasets:
+            each.check_vocabulary(tokenizer, shape.vocab_size, source)
     return replace(shape.crop(config['block_size']), dropout=config['dropout'])
 
 
 def print_plan(config):
     """Print what a run with these knobs would take.
 
-    Raises UserError for a plan_gpu that is not known, or a shape that is not possible.
+    Raises UserError for what a run would refuse, and for a plan_gpu that is not known.
     """
+    gpu = config['plan_gpu']
+    replicas = config['fsdp_replicas']
     check_division(config['gradient_accumulation_steps'], config['plan_gpus'])
-    if config['plan_gpu'] not in GPUS:
-        raise UserError(f"plan_gpu='{config['plan_gpu']}' must be one of: {', '.join(GPUS)}.")
+    if gpu not in GPUS and gpu != 'CPU':
+        raise UserError(f"plan_gpu='{gpu}' must be one of: CPU, {', '.join(GPUS)}.")
+    if config['plan_gpus'] % replicas:
+        raise UserError(f'fsdp_replicas={replicas} must divide plan_gpus={config["plan_gpus"]}.')
 
-    names, _ = parse_mixture(config['dataset'])
-    folders = [dataset_folder(name) for name in names]
-    # A folder of nanoGPT's or llm.c's files gets its meta.json from a run: a plan writes nothing.
-    missing = [folder for folder in folders if 'meta.json' not in list_folder(folder)]
-    data = None
-    vocab_size = GPTConfig.vocab_size
-    if not missing:
-        data = Mixture(config['dataset'], config['block_size'], config['stride'])
-        vocab_size = data.tokenizer.n_vocab
-    shape = model_shape(config, vocab_size)
+    data, missing = open_data(config)
+    shape = model_shape(config, data)
     tokens = config['batch_size'] * config['block_size']
     if tokens * shape.padded_vocab_size > MOST_LOGITS:
         raise UserError(f'{tokens:,} tokens at once, batch_size x block_size, fit on no device.')
@@ -172,16 +257,24 @@ def print_plan(config):
     freeze(model, config['freeze'])
 
     if config['dtype'] == 'auto':
-        config = config | {'dtype': 'bfloat16'}  # a plan is for a GPU
-    print_compute(model, data, missing, config)
-    held = print_memory(model, config)
-    saved = (held['weights'] + held['optimizer']) / 1e9
-    at_most = (config['keep_last'] + 1) * saved
-    print(f'disk    {saved:.2f} GB per checkpoint, {at_most:.2f} GB at most for all')
+        config = config | {'dtype': 'float32' if gpu in FLOAT32_ONLY else 'bfloat16'}
+    print_size(model, data, missing, config)
+    rows = memory_rows(model, config)
+    held = rows['DDP']
+    saved = held['weights'] + held['optimizer']
+    room = memory_of_this_machine() if gpu == 'CPU' else GPUS[gpu][1]
+    fits = held['peak'] < room * 2**30
+    print_time(model, config, fits)
+    print_memory(rows, config, room)
+    if config['plan_gpus'] > 1:
+        print_traffic(model, config)
+    at_most = (config['keep_last'] + 1) * saved / 1e9
+    print(f'disk    {saved / 1e9:.2f} GB per checkpoint, {at_most:.2f} GB at most for all')
+    print(f'host    {saved / 1e9:.2f} GB more of memory while a thread of the first process saves')
 
 
-def print_compute(model, data, missing, config):
-    """Print the size of a run in tokens, operations and hours.
+def print_size(model, data, missing, config):
+    """Print the size of a run in tokens and operations.
 
     data: a Mixture, or None. missing: the folders of the datasets that are not prepared.
     """
@@ -201,46 +294,124 @@ def print_compute(model, data, missing, config):
     elif config['init_from'] in OWN_MODELS:
         dataset += ": GPT-2's vocabulary is assumed"
 
-    gpu = config['plan_gpu']
-    n_gpus = config['plan_gpus']
-    mfu = config['plan_mfu']
-    peak_tflops, _ = GPUS[gpu]
-    seconds = tokens * flops / (peak_tflops * 1e12 * mfu * n_gpus)
-
     size = f'{shape.n_layer} layers, {shape.n_head} heads, n_embd {shape.n_embd}'
     each = ' x '.join(f'{factor}' for factor in factors)
-    gpus = f'{n_gpus} x {gpu} at {mfu:.0%} of {peak_tflops} TFLOP/s'
     print(f'model   {shape.arch}, {size}: {n_params:,} parameters')
     print(f'data    {dataset}')
     print(f'steps   {n_steps:,}, each {each} = {tokens_per_step:,} tokens: {tokens:,}{epochs}')
     print(f'        {tokens / n_params:.1f} tokens per parameter (Chinchilla-optimal: about 20)')
     print(f'cost    {flops / 1e9:.3g} GFLOP per token, {tokens * flops:.3g} FLOP in total')
-    print(f'time    {duration(seconds)} on {gpus}, {tokens / max(seconds, 1e-9):,.0f} tokens/s')
 
 
-def print_memory(model, config):
-    """Print the table of memory and return what one device would hold without sharding."""
+def print_time(model, config, fits):
+    """Print the hours of a run, and what they cost. fits: whether one device holds the model."""
     gpu = config['plan_gpu']
     n_gpus = config['plan_gpus']
-    _, room = GPUS[gpu]
-
-    headings = ''.join(f'{name:>{width}}' for name, width in COLUMNS.items())
-    print(f'memory  GiB per device, {config["dtype"]}, not compiled; {gpu} has {room}')
-    print(f'        {"":16}{headings}')
-    too_large = []
-    for activation_checkpointing in (False, True):
-        with warnings.catch_warnings(action='ignore'):
-            held = dry_run(model.config, config, activation_checkpointing)
-        rows = {'DDP': held}
+    tokens_per_step = config['batch_size'] * config['gradient_accumulation_steps']
+    tokens = config['max_iters'] * tokens_per_step * config['block_size']
+    if gpu == 'CPU':
+        if not fits:
+            print('time    not measured: the model does not fit into memory')
+            return
+        seconds = config['max_iters'] * time_step(model.config, config) / n_gpus
+        how = 'this machine, of which a micro-step was timed'
         if n_gpus > 1:
-            rows['FSDP'] = shard(held, n_gpus, gathered_bytes(model, config['dtype']))
-        for name, row in rows.items():
-            if activation_checkpointing:
-                name += ' recomputing'
-            if row['peak'] > room * 2**30:
-                too_large.append(name)
-            cells = ''.join(f'{row[key] / 2**30:>{width}.2f}' for key, width in COLUMNS.items())
-            print(f'        {name:16}{cells}')
+            how = f'{n_gpus} machines like this one, of which a micro-step was timed'
+    else:
+        peak_tflops, _ = GPUS[gpu]
+        flops = tokens * model.flops_per_token(config['block_size'])
+        seconds = flops / (peak_tflops * 1e12 * config['plan_mfu'] * n_gpus)
+        how = f'{n_gpus} x {gpu} at {config["plan_mfu"]:.0%} of {peak_tflops} TFLOP/s'
+    print(f'time    {duration(seconds)} on {how}, {tokens / max(seconds, 1e-9):,.0f} tokens/s')
+    if config['plan_price'] is not None:
+        price = config['plan_price']
+        total = price * n_gpus * seconds / 3600
+        print(f'price   {total:,.2f} at {price:g} per device and hour')
+
+
+def time_step(shape, config):
+    """Return the seconds of a step on this machine, by one micro-step and one update."""
+    keep_freed_memory()
+    model = GPT(shape)
+    optimizers = make_training(model, config)
+    idx = torch.randint(shape.vocab_size, (config['batch_size'], config['block_size']))
+    autocast = make_autocast('cpu', config['dtype'])
+
+    def micro_step(idx):
+        started = time.perf_counter()
+        with autocast:
+            loss = model(idx, idx)
+        loss.backward()
+        return time.perf_counter() - started
+
+    def update():
+        started = time.perf_counter()
+        for optimizer in optimizers:
+            optimizer.step()
+        return time.perf_counter() - started
+
+    micro_step(idx[:1])  # the first ones are slower
+    update()
+    seconds = micro_step(idx)
+    if seconds < 1:  # so short a time varies
+        seconds = statistics.median(micro_step(idx) for _ in range(5))
+    return config['gradient_accumulation_steps'] * seconds + update()
+
+
+def memory_rows(model, config):
+    """Return {how the model is distributed: what dry_run() or shard() says}."""
+    where = 'cpu' if config['plan_gpu'] == 'CPU' else 'gpu'
+    n_gpus = config['plan_gpus']
+    n_shards = n_gpus // config['fsdp_replicas']
+    rows = {}
+    recomputed = 0
+    for recomputing in (False, True):
+        label = ' recomputing' if recomputing else ''
+        with warnings.catch_warnings(action='ignore'):
+            whole = dry_run(model.config, config, recomputing, where)
+            rows[f'DDP{label}'] = whole
+            if n_shards > 1:
+                sharded = shard(model.config, config, whole, n_shards, recomputed)
+                rows[f'FSDP{label}'] = sharded
+                recomputed = sharded['activations'] // model.config.n_layer
+    return rows
+
+
+def memory_of_this_machine():
+    """Return the GiB of memory that this machine has; infinity where the system does not say."""
+    if not hasattr(os, 'sysconf'):  # Windows
+        return math.inf
+    n_bytes = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    return round(n_bytes / 2**30, 1)
+
+
+def print_memory(rows, config, room):
+    """Print the table of memory. room: GiB of a device."""
+    gpu = config['plan_gpu']
+    unit, size = 'GiB', 2**30
+    if max(row['peak'] for row in rows.values()) < 2**30:
+        unit, size = 'MiB', 2**20
+    headings = ''.join(f'{name:>{width}}' for name, width in COLUMNS.items())
+    print(f'memory  {unit} per device, {config["dtype"]}, not compiled; {gpu} has {room} GiB')
+    print(f'        {"":16}{headings}')
+    for name, row in rows.items():
+        cells = ''.join(f'{row[key] / size:>{width}.2f}' for key, width in COLUMNS.items())
+        print(f'        {name:16}{cells}')
+    too_large = [name for name, row in rows.items() if row['peak'] > room * 2**30]
     if too_large:
         print(f'        too much for {gpu}: {", ".join(too_large)}')
-    return held
+
+
+def print_traffic(model, config):
+    """Print what each device sends to the others in a step, and how long that takes."""
+    n_gpus = config['plan_gpus']
+    n_micro_steps = config['gradient_accumulation_steps'] // n_gpus
+    sent = traffic(model, config, n_gpus, n_micro_steps)
+    if config['fsdp_replicas'] == 1:
+        del sent['HSDP']
+    each = ', '.join(f'{name} {n_bytes / 1e9:.3g}' for name, n_bytes in sent.items())
+    print(f'network GB sent by each device in a step: {each}')
+    network = config['plan_network']
+    if network:
+        each = ', '.join(f'{name} {n / 1e9 / network:.3g}' for name, n in sent.items())
+        print(f'        seconds at {network:g} GB/s, beside the computing: {each}')

@@ -91,8 +91,10 @@ fsdp_replicas = 1  # groups of processes that each shard all of it, such as one 
 # dry run
 plan = False  # do not train, print memory, time and cost
 plan_gpus = 1  # devices to plan for
-plan_gpu = 'H100'  # which: A100, H100, RTX4090, ..., see runtime.py
+plan_gpu = 'H100'  # A100, RTX4090, M1, ..., see runtime.py; CPU: this machine, a micro-step is timed
 plan_mfu = 0.4  # assumed MFU
+plan_price: float | None = None  # of a device and hour, in any currency
+plan_network: float | None = None  # GB/s that each device can send to the others
 # -----------------------------------------------------------------------------
 config = configure(globals())  # sets the knobs above from config files and flags
 
@@ -103,6 +105,7 @@ check_range(config, 0, 10**18, 'max_iters seed warmup_iters lr_decay_iters')
 check_range(config, 0, 10**18, 'learning_rate muon_lr min_lr weight_decay grad_clip')
 check_range(config, 0, 1 - 1e-6, 'beta1 beta2 muon_momentum')
 check_range(config, 1e-6, 1, 'cooldown_frac plan_mfu')
+check_range(config, 1e-6, 10**9, 'plan_price plan_network')
 check_range(config, 1, block_size, 'stride')
 if not out_dir:
     raise UserError('out_dir is empty: name a folder.')
