@@ -379,7 +379,8 @@ def run_recipe(recipe):
     """Train 50 steps by a recipe, print its figures and return them."""
     flags = {
         'max_iters': 50, 'eval_interval': 50, 'warmup_iters': 5, 'log_interval': 25,
-        'gradient_accumulation_steps': 1, 'block_size': block_size, 'dataset': 'shakespeare',
+        'gradient_accumulation_steps': 1, 'block_size': block_size, 'stride': block_size,
+        'dataset': 'shakespeare',
     }  # fmt: skip
     if batch_size:
         flags['batch_size'] = batch_size

@@ -147,8 +147,26 @@ def round_up(n, multiple):
 
 def make_norm(config, width):
     if config.arch == 'gpt2':
-        return nn.LayerNorm(width, config.norm_eps, bias=config.bias)
-    return nn.RMSNorm(width, config.norm_eps)
+        return LayerNorm(width, config.norm_eps, bias=config.bias)
+    return RMSNorm(width, config.norm_eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """In the wider dtype of input and weights: autocast, and FSDP, have one of them in 16 bits."""
+
+    def forward(self, x):
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        weight = self.weight.to(dtype)
+        return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """As LayerNorm above."""
+
+    def forward(self, x):
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        return F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)
 
 
 def make_rope(config, positions):
@@ -224,9 +242,7 @@ class Attention(nn.Module):
         q, k, v = heads.split((H, KV, KV), 1)  # (B, H, T, D) and twice (B, KV, T, D)
 
         if self.config.arch == 'qwen3':
-            # Under autocast q has 16 bits and the weight 32, which older versions of torch refuse.
-            dtype = self.q_norm.weight.dtype
-            q, k = self.q_norm(q.to(dtype)), self.k_norm(k.to(dtype))
+            q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:  # cos and sin are float32; under autocast v is not
             q, k = apply_rope(q, *rope).to(v.dtype), apply_rope(k, *rope).to(v.dtype)
         if cache is not None:

@@ -128,24 +128,28 @@ class Muon(torch.optim.Optimizer):
 
         # Nesterov momentum of all parameters. In a skipped step the momentum takes the place of the
         # gradient, so that lerp changes nothing, and lr is 0. An `if` would wait for the device.
-        directions = []
-        for parameter in parameters:
+        directions = None  # (parameters, m, n), whole even where parameters are sharded
+        for i, parameter in enumerate(parameters):
             state = self.state[parameter]
             if not state:
                 state['momentum_buffer'] = torch.zeros_like(parameter)
             momentum = state['momentum_buffer']
             gradient = torch.where(taken > 0, parameter.grad, momentum)
             momentum.lerp_(gradient, 1 - group['momentum'])
-            direction = gradient.lerp(momentum, group['momentum'])
-            directions.append(full_tensor(direction))
+            direction = full_tensor(gradient.lerp(momentum, group['momentum']))
+            if directions is None:
+                directions = direction.new_empty(len(parameters), *direction.shape)
+            directions[i] = direction
 
         # q, k and v, for example, are one parameter and three matrices.
-        matrices = torch.stack(directions).split(group['out_sizes'], 1)  # each (parameters, m, n)
-        updates = torch.cat([split_over_processes(self.orthogonalize, x) for x in matrices], 1)
+        matrices = directions.split(group['out_sizes'], 1)  # each (parameters, m, n)
+        updates = [split_over_processes(self.orthogonalize, x) for x in matrices]
+        del directions, matrices  # of a large model they are large
 
         lr = group['lr'] * full_tensor(taken)
-        updates = lr * updates.to(lr.dtype)
-        for parameter, update in zip(parameters, updates, strict=True):
+        for i, parameter in enumerate(parameters):
+            update = torch.cat([of_matrices[i] for of_matrices in updates])
+            update = lr * update.to(lr.dtype)
             parameter.mul_(1 - lr * group['weight_decay'])
             parameter.sub_(shard_like(update, parameter))
 

@@ -132,11 +132,12 @@ def split_over_processes(function, batch):
     if world_size == 1:
         return function(batch)
     rows = math.ceil(len(batch) / world_size)  # per process: all-gather needs the same from each
-    padding = batch.new_zeros(rows * world_size - len(batch), *batch.shape[1:])
-    padded = torch.cat((batch, padding))
-    own_rows = padded[rank * rows : (rank + 1) * rows]
+    own_rows = batch[rank * rows : (rank + 1) * rows]
+    if len(own_rows) < rows:
+        padding = batch.new_zeros(rows - len(own_rows), *batch.shape[1:])
+        own_rows = torch.cat((own_rows, padding))
     own_result = function(own_rows).contiguous()  # NCCL takes no transposed tensor, gloo does
-    result = own_result.new_empty(padded.shape)
+    result = own_result.new_empty(rows * world_size, *own_result.shape[1:])
     all_gather = getattr(dist, 'all_gather_single', None)  # its name since torch 2.13
     all_gather = all_gather or dist.all_gather_into_tensor
     all_gather(result, own_result)
@@ -163,17 +164,20 @@ def distribute(model, device, dtype, fsdp=False, fsdp_replicas=1):
         shard_blocks(model, torch.device(device).type, getattr(torch, dtype), fsdp_replicas)
         return model
     model.to(device)
-    if launched:
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
-    return model
+    if not launched:
+        return model
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    ddp.broadcast_buffers = False  # the only one, pad_mask, never changes
+    return ddp
 
 
 def shard_blocks(model, device_type, dtype, replicas):
     """Shard a model by FSDP2, and move it to the devices.
 
     It computes what DDP does under autocast: only the weights of blocks are gathered in 16 bits,
-    which autocast would round them to. The embeddings, and with them what flows from block to
-    block, the rotary positions, and all gradients that are summed up, stay in float32.
+    to which autocast would round them, all but those of norms. The embeddings, and with them what
+    flows from block to block, the rotary positions, and all gradients that are summed up, stay in
+    float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -251,6 +255,7 @@ def copy_to_cpu(model, optimizers):
         weight = full_tensor(parameter.detach())
         if is_main:
             full_model.get_parameter(name).detach().copy_(weight)
+        del weight  # before the next one is gathered
         for optimizer in optimizers:
             for key, tensor in optimizer.state.get(parameter, {}).items():
                 tensor = full_tensor(tensor)

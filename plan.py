@@ -132,8 +132,16 @@ def dry_run(shape, knobs, activation_checkpointing, where='cpu', block_dtype=Non
     return held | {'peak': peak, 'update': update}
 
 
-def shard(shape, knobs, whole, n_shards, recomputed=0):
-    """Return {what: bytes} on each of n_shards devices, from what dry_run() says of a single one.
+def count_matrices(model, optimizer):
+    """Count the weights in the matrices of each shape that Muon trains; [0] for AdamW."""
+    if optimizer != 'muon':
+        return [0]
+    groups = [group for group in parameter_groups(model, 0.0) if 'out_sizes' in group]
+    return [sum(p.numel() for p in group['params']) for group in groups]
+
+
+def shard(shape, knobs, whole, n_devices, recomputed=0):
+    """Return {what: bytes} on each of n_devices, from what dry_run() says of a single one.
 
     Beside their shares, devices hold the weights around the blocks, in float32, and
     at the end of the blocks: the weights of one block, and what the loss needs;
@@ -147,6 +155,8 @@ def shard(shape, knobs, whole, n_shards, recomputed=0):
     row = dry_run(shape, knobs, recomputed > 0, 'gpu', block_dtype)
     with torch.device('meta'):
         model = GPT(shape)
+    freeze(model, knobs['freeze'])
+    n_shards = n_devices // knobs['fsdp_replicas']
     n_in_blocks = sum(p.numel() for p in model.blocks.parameters())
     n_around = sum(p.numel() for p in model.parameters()) - n_in_blocks
     n_in_block = n_in_blocks // shape.n_layer
@@ -154,7 +164,11 @@ def shard(shape, knobs, whole, n_shards, recomputed=0):
     at_the_loss = block + row['loss etc.']
     in_a_block = 2 * block + 4 * n_in_block + 4 * model.lm_head.weight.numel() + recomputed
     needed = row['activations'] + 4 * n_around + max(at_the_loss, in_a_block)
-    row['loss etc.'] = max(needed, whole['update']) - row['activations']
+    # Muon has all matrices of a shape at a time, and their updates; what these take is shared.
+    n_matrices = max(count_matrices(model, knobs['optimizer']))
+    of_update = (4 + block_dtype.itemsize) * n_matrices
+    of_update += max(0, whole['update'] - 4 * n_matrices) / n_devices
+    row['loss etc.'] = max(needed, of_update) - row['activations']
     for name in ('weights', 'gradients', 'optimizer'):
         row[name] = whole[name] / n_shards
     row['peak'] = sum(row[name] for name in COLUMNS if name != 'peak')
@@ -176,12 +190,11 @@ def traffic(model, knobs, n_devices, n_micro_steps):
     # Blocks are gathered for the forward and for the backward pass, the rest once.
     gathered = 2 * itemsize * in_blocks + 4 * around
 
-    matrices = 0
-    if knobs['optimizer'] == 'muon':
-        groups = [group for group in parameter_groups(model, 0.0) if 'out_sizes' in group]
-        matrices = sum(p.numel() for group in groups for p in group['params'])
+    matrices = sum(count_matrices(model, knobs['optimizer']))
+    # All devices send as many, so some send padding.
+    padding = math.ceil(model.config.n_layer / n_devices) * n_devices / model.config.n_layer
     all_sent_of = (n_devices - 1) / n_devices
-    updates = itemsize * matrices * all_sent_of  # from the process that has computed them
+    updates = itemsize * matrices * padding * all_sent_of  # of whoever has computed them
     return {
         'DDP': 2 * gradients * all_sent_of + updates,
         'FSDP': (n_micro_steps * (gathered + gradients) + 4 * matrices) * sent_of + updates,
@@ -362,7 +375,6 @@ def memory_rows(model, config):
     """Return {how the model is distributed: what dry_run() or shard() says}."""
     where = 'cpu' if config['plan_gpu'] == 'CPU' else 'gpu'
     n_gpus = config['plan_gpus']
-    n_shards = n_gpus // config['fsdp_replicas']
     rows = {}
     recomputed = 0
     for recomputing in (False, True):
@@ -370,8 +382,8 @@ def memory_rows(model, config):
         with warnings.catch_warnings(action='ignore'):
             whole = dry_run(model.config, config, recomputing, where)
             rows[f'DDP{label}'] = whole
-            if n_shards > 1:
-                sharded = shard(model.config, config, whole, n_shards, recomputed)
+            if n_gpus > config['fsdp_replicas']:
+                sharded = shard(model.config, config, whole, n_gpus, recomputed)
                 rows[f'FSDP{label}'] = sharded
                 recomputed = sharded['activations'] // model.config.n_layer
     return rows

@@ -52,7 +52,9 @@ _ENVIRONMENT_ERRORS += 'EMFILE ENFILE EISDIR ENOTDIR ENAMETOOLONG ELOOP'.split()
 _OUT_OF_MEMORY = re.compile(r"(?i)out of memory|can('|no)t allocate memory|not enough memory")
 _TOO_LARGE = re.compile(r'int too large|too large to convert|index-sized')  # not 'math range error'
 # What torch says when another process of the group is gone.
-_LOST_PEER = re.compile(r'(?i)connection (closed|reset)|pipe|timed? ?out|aborted|nccl\w+Error')
+_LOST_PEER = re.compile(
+    r'(?i)connection (closed|reset)|broken pipe|timed? ?out|aborted|nccl(Remote|System)Error'
+)
 
 
 def explain_error(kind, error, trace):

@@ -100,7 +100,8 @@ config = configure(globals())  # sets the knobs above from config files and flag
 
 check_range(config, 1, 10**9, 'batch_size gradient_accumulation_steps block_size plan_gpus')
 check_range(config, 1, 10**9, 'eval_interval log_interval save_weights_interval sample_interval')
-check_range(config, 1, 10**9, 'keep_last early_stopping_patience max_skipped_steps fsdp_replicas')
+check_range(config, 1, 10**9, 'keep_last early_stopping_patience max_skipped_steps')
+check_range(config, 1, 10**9, 'fsdp_replicas')
 check_range(config, 0, 10**18, 'max_iters seed warmup_iters lr_decay_iters')
 check_range(config, 0, 10**18, 'learning_rate muon_lr min_lr weight_decay grad_clip')
 check_range(config, 0, 1 - 1e-6, 'beta1 beta2 muon_momentum')

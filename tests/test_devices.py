@@ -217,7 +217,7 @@ REMOTE = IN + (
 SYSTEM = IN + (
     'unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version 2.27.5\n'
     'ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device '
-    'error.\nLast error:\nsocketProgress: Connection closed by remote peer'
+    'error.\nLast error:\nCall to ibv_modify_qp failed with 110'
 )
 TIMEOUT = (
     '[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE, '

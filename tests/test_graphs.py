@@ -21,10 +21,16 @@ from model import GPT, GPTConfig
 
 ARCHITECTURES = ('gpt2', 'llama', 'qwen3')
 HALF = [('float32', True), ('bfloat16', False)]  # of what train.py can be asked for
+OTHER_HALF = [
+    pytest.param('float32', False, marks=pytest.mark.slow),
+    pytest.param('bfloat16', True, marks=pytest.mark.slow),
+]
 LAYERS = 2
 SHAPE = {'vocab_size': 60, 'n_layer': LAYERS, 'n_head': 4, 'n_embd': 32, 'block_size': 16}
 PRODUCTS = 4  # linear layers in a block
 CHUNKS = 4  # of the loss: 4 x 16 tokens, each with 64 logits, 16 tokens at once
+FEW_TOKENS = ['--batch_size=1', '--block_size=16', '--gradient_accumulation_steps=2']
+FEW_TOKENS += ['--max_iters=4', '--eval_interval=2']
 TEXT = torch.randint(0, 60, (4, 16), generator=torch.Generator().manual_seed(0))
 
 
@@ -121,12 +127,12 @@ def attentions(graph):
 # training and evaluation
 
 
-@pytest.mark.parametrize('recompute', [False, True])
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize(('dtype', 'recompute'), [*HALF, *OTHER_HALF])
 @pytest.mark.parametrize('arch', ARCHITECTURES)
 def test_a_step_is_one_graph_and_an_evaluation_one(graphs, arch, dtype, recompute):
     eager = make_model(arch)
     expected = take_steps(eager, dtype)
+    gradients = {name: parameter.grad for name, parameter in eager.named_parameters()}
     expected_nats, _ = evaluate(eager, dtype)
 
     model = make_model(arch)
@@ -139,7 +145,12 @@ def test_a_step_is_one_graph_and_an_evaluation_one(graphs, arch, dtype, recomput
     take_steps(model, dtype, n=2)
     assert len(graphs) == 1
 
+    assert torch.equal(loss, expected)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, gradients[name]), name
+
     nats, _ = evaluate(model, dtype)
+    assert nats == expected_nats
     assert [products(graph) for graph in graphs[1:]] == [LAYERS * PRODUCTS + CHUNKS]
     evaluate(model, dtype)
     take_steps(model, dtype, n=1)
@@ -147,26 +158,9 @@ def test_a_step_is_one_graph_and_an_evaluation_one(graphs, arch, dtype, recomput
     assert len(graphs) == 2, 'a batch that is not full is not compiled'
     assert breaks() == 0
 
-    assert torch.equal(loss, expected)
-    assert nats == expected_nats
-
-
-@pytest.mark.parametrize('arch', ARCHITECTURES)
-def test_compiled_gradients_are_those_of_python(graphs, arch):
-    gradients = []
-    for compiles in (False, True):
-        model = make_model(arch)
-        if compiles:
-            model.compile()
-        take_steps(model, 'float32', n=1)
-        gradients.append({name: p.grad for name, p in model.named_parameters()})
-    assert len(graphs) == 1
-    for name, gradient in gradients[0].items():
-        assert torch.equal(gradient, gradients[1][name]), name
-
 
 def test_train_py_compiles_two_graphs_and_no_more(graphs, run, sheep):
-    flags = ['--compile', '--max_iters=6', '--eval_interval=2', '--gradient_accumulation_steps=2']
+    flags = ['--compile', *FEW_TOKENS]
     result = train(run, *flags, '--arch=qwen3', '--n_kv_head=1', '--optimizer=muon')
     assert ', compiled' in result.out
     trial, *of_model = graphs
@@ -223,7 +217,7 @@ def check_sharded(graphs, model, dtype, blocks):
     assert breaks() == n_breaks == 2, "where FSDP's hooks are: one in a step, one in an evaluation"
 
 
-@pytest.mark.parametrize(('dtype', 'recompute'), [*HALF, ('bfloat16', True)])
+@pytest.mark.parametrize(('dtype', 'recompute'), [*HALF, *OTHER_HALF])
 @pytest.mark.parametrize('arch', ARCHITECTURES)
 def test_under_fsdp_all_blocks_are_one_graph(graphs, one_process, arch, dtype, recompute):
     model = make_model(arch)
@@ -250,8 +244,7 @@ def test_train_py_compiles_sharded_blocks(
     monkeypatch.setattr(parallel, 'init_process_group', lambda device, backend, n: device)
     monkeypatch.setattr(parallel, 'exit', lambda status: None)
     flags = ['--compile', '--fsdp', f'--activation_checkpointing={recompute}']
-    flags += ['--max_iters=6', '--eval_interval=2', '--gradient_accumulation_steps=2']
-    result = train(run, *flags, '--arch=qwen3', '--n_kv_head=1')
+    result = train(run, *flags, *FEW_TOKENS, '--arch=qwen3', '--n_kv_head=1')
     assert ' x 1 processes' in result.out
     of_blocks = [graph for graph in graphs if attentions(graph)]
     assert [attentions(graph) for graph in of_blocks] == [1, 1], 'an evaluation and a step'
@@ -262,7 +255,7 @@ def test_train_py_compiles_sharded_blocks(
 # generation
 
 
-@pytest.mark.parametrize('prompt', [1, 5])
+@pytest.mark.parametrize('prompt', [5, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('arch', ARCHITECTURES)
 def test_a_token_is_one_graph_at_all_positions(graphs, arch, prompt):
     model = make_model(arch).eval()

@@ -7,6 +7,7 @@ one is complete before the process ends. Weights in shards are as good as weight
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import torch
 from conftest import ROOT, TINY, command, losses, records, same, train, weights
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
-from test_durability import damaged_files, flip_a_bit, names, optimizer_state, wait_for_a_save
+from test_durability import damaged_files, flip_a_bit, names, optimizer_state
 from transformers import AutoModelForCausalLM
 
 import checkpoint
@@ -528,25 +529,62 @@ def test_nothing_of_the_file_is_used_after_the_start(
 # killed
 
 
+def newest_save(out):
+    """The name of the newest save that has begun and not ended, or ''."""
+    begun = [path.name for path in out.glob('.step_*.tmp')]
+    return max(begun, default='')
+
+
+def wait_for_saves(process, out, n):
+    """Wait until a process has begun n saves. An old checkpoint that is deleted is no save."""
+    last = newest_save(out)  # of a process that was killed
+    deadline = time.monotonic() + 60
+    while n > 0 and process.poll() is None and time.monotonic() < deadline:
+        newest = newest_save(out)
+        kept = names(checkpoint.checkpoints(out))[-1:]
+        if newest > max([last, *(f'.{name}.tmp' for name in kept)]):
+            last = newest
+            n -= 1
+        time.sleep(0.001)
+
+
+def train_and_time_saves(line, cwd, out):
+    """Run to the end. Returns the median seconds from the beginning of a save to its rename."""
+    process = subprocess.Popen(line, cwd=cwd, stdout=subprocess.DEVNULL)
+    seconds = []
+    while process.poll() is None:
+        wait_for_saves(process, out, 1)
+        begin = time.monotonic()
+        name = newest_save(out)
+        while (out / name).exists() and process.poll() is None:
+            time.sleep(0.001)
+        seconds.append(time.monotonic() - begin)
+    assert process.returncode == 0
+    return statistics.median(seconds)
+
+
 @pytest.mark.slow  # some minutes
 def test_killed_in_fifty_saves_it_resumes_to_the_same(sheep, tmp_path):
     """SIGKILL at a random instant of a save, from its first file to beyond its rename."""
-    steps = 800
+    steps = 600
     flags = ['--dataset=sheep', *TINY, '--n_embd=256', '--dropout=0.1', f'--max_iters={steps}']
     flags += ['--eval_interval=5', '--log_interval=1', '--init_from=auto']
-    line = [sys.executable, str(ROOT / 'train.py'), *flags, '--out_dir=killed']
+    line = [sys.executable, str(ROOT / 'train.py'), *flags]
     killed = tmp_path / 'killed'
     whole = tmp_path / 'whole'
+    save_seconds = train_and_time_saves([*line, '--out_dir=whole'], tmp_path, whole)
     chance = random.Random(0)
     outcomes = {'before its rename': 0, 'after': 0}
     for _ in range(50):
-        started = time.time()
         process = subprocess.Popen(
-            line, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            [*line, '--out_dir=killed'],
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
-        for _ in range(chance.randint(1, 3)):
-            wait_for_a_save(process, killed)
-        time.sleep(chance.uniform(0, 0.12))
+        wait_for_saves(process, killed, chance.randint(1, 2))
+        name = newest_save(killed)
+        time.sleep(chance.uniform(0, 2 * save_seconds))
         process.kill()
         process.wait()
         err = process.stderr.read().decode()
@@ -554,17 +592,16 @@ def test_killed_in_fifty_saves_it_resumes_to_the_same(sheep, tmp_path):
         assert process.returncode == -signal.SIGKILL, err
         assert err == ''
         assert not damaged_files(killed)
-        unfinished = [path for path in killed.glob('.*.tmp') if path.stat().st_mtime > started]
-        outcomes['before its rename' if unfinished else 'after'] += 1
+        is_unfinished = name and (killed / name).exists()
+        outcomes['before its rename' if is_unfinished else 'after'] += 1
     reached = checkpoint.checkpoints(killed)[-1].name
-    print(f'\nkilled in 50 saves, {outcomes}; at the last it was at {reached}')
+    print(f'\na save takes {save_seconds:.3f} s; killed in 50 saves, {outcomes}, at {reached}')
     assert reached < f'step_{steps:08d}'
     assert min(outcomes.values()) >= 5
 
-    for out in ('killed', 'whole'):
-        result = command('train.py', *flags, f'--out_dir={out}', cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-        assert not result.stderr
+    result = command('train.py', *flags, '--out_dir=killed', cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert not result.stderr
     assert same(weights(whole, steps), weights(killed, steps))
     assert same(train_state(whole, steps), train_state(killed, steps))
     assert without_times(killed) == without_times(whole)
