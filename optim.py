@@ -11,8 +11,9 @@ from functools import partial
 
 import torch
 
+from model import GPT, GPTConfig
 from parallel import full_tensor, shard_like, split_over_processes
-from runtime import UserError, pick_dtype
+from runtime import UserError, make_autocast, pick_dtype
 
 # -----------------------------------------------------------------------------
 # which parameters are trained, and by which optimizer
@@ -91,6 +92,33 @@ def block_norms(model):
             tensors.setdefault(f'grad_norm/{part}', []).append(parameter.grad)
     norms = {name: torch.nn.utils.get_total_norm(group) for name, group in tensors.items()}
     return {name: float(full_tensor(norm)) for name, norm in norms.items()}
+
+
+def check_device(arch, device, dtype):
+    """Raise UserError unless a device computes a small step as the CPU does.
+
+    Devices have computed something else before, without an error.
+    """
+    config = GPTConfig(arch=arch, vocab_size=320, block_size=64, n_layer=2, n_head=4, n_embd=64)
+    losses = []
+    gradients = []
+    for where, precision in (('cpu', 'float32'), (device, dtype)):
+        torch.manual_seed(0)
+        model = GPT(config).to(where)  # drawn on the CPU, so the same
+        idx = torch.arange(256).mul(37).remainder(320).view(4, 64).to(where)
+        with make_autocast(where, precision):
+            loss = model(idx, idx.roll(1, 1))
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten().cpu() for p in model.parameters()]))
+    expected, computed = gradients
+    off = float((computed - expected).norm() / expected.norm())
+    tolerance = 0.01 if dtype == 'float32' else 0.03  # TF32 has ten bits, bfloat16 seven
+    is_close = abs(losses[1] - losses[0]) < tolerance * losses[0] and off < tolerance
+    if not is_close:  # NaN is not either
+        what = f'{device} has a loss of {losses[1]:.4f} where the CPU has {losses[0]:.4f}, and'
+        how = f'gradients that are {off:.1%} off: it cannot be trusted with torch'
+        raise UserError(f'{what} {how} {torch.__version__}. Try another version, or --device=cpu.')
 
 
 # -----------------------------------------------------------------------------

@@ -136,8 +136,8 @@ def count_matrices(model, optimizer):
     """Count the weights in the matrices of each shape that Muon trains; [0] for AdamW."""
     if optimizer != 'muon':
         return [0]
-    groups = [group for group in parameter_groups(model, 0.0) if 'out_sizes' in group]
-    return [sum(p.numel() for p in group['params']) for group in groups]
+    groups = [group['params'] for group in parameter_groups(model, 0.0) if 'out_sizes' in group]
+    return [len(group) * group[0].numel() for group in groups]
 
 
 def shard(shape, knobs, whole, n_devices, recomputed=0):

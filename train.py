@@ -81,17 +81,17 @@ cooldown_frac = 0.4  # wsd only: the fraction of the steps after the warmup that
 lr_decay_iters: int | None = None  # the step at which the decay ends; None: max_iters
 min_lr: float | None = None  # at the end, Muon's in proportion; None: a tenth of the peak, wsd 0
 # system
-device = 'auto'  # 'cuda', 'cuda:1', 'mps', 'cpu'; 'auto': the first there is
-backend: Literal['nccl', 'gloo'] | None = None  # under torchrun; None: the one for the device
-dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: 16-bit on CUDA only
-compile: bool | None = None  # with torch.compile; None: on CUDA only
+device = 'auto'  # 'cuda', 'cuda:1', 'xpu', 'mps', 'cpu'; 'auto': the first there is
+backend: Literal['nccl', 'gloo'] | None = None  # under torchrun; None: the device's own
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: 16-bit on CUDA, XPU only
+compile: bool | None = None  # with torch.compile; None: on CUDA and XPU only
 activation_checkpointing = False  # compute activations twice, not keep them: slower, less memory
 fsdp = False  # under torchrun: shard parameters, gradients and optimizer state (FSDP2)
 fsdp_replicas = 1  # groups of processes that each shard all of it, such as one per machine (HSDP)
 # dry run
 plan = False  # do not train, print memory, time and cost
 plan_gpus = 1  # devices to plan for
-plan_gpu = 'H100'  # A100, RTX4090, M1, ..., see runtime.py; CPU: this machine, a micro-step is timed
+plan_gpu = 'H100'  # or A100, RTX4090, M1, ..., see runtime.py; CPU: this machine, timed
 plan_mfu = 0.4  # assumed MFU
 plan_price: float | None = None  # of a device and hour, in any currency
 plan_network: float | None = None  # GB/s that each device can send to the others
@@ -130,8 +130,10 @@ autocast = runtime.make_autocast(my_device, precision)
 scaler = torch.amp.GradScaler(device_type, enabled=precision == 'float16')
 torch.set_float32_matmul_precision('high')  # TF32 on CUDA
 
-wants_compile = device_type == 'cuda' if compile is None else compile
+wants_compile = device_type in ('cuda', 'xpu') if compile is None else compile
 compiles = wants_compile and runtime.can_compile(my_device)
+if device_type != 'cpu':
+    optim.check_device(arch, my_device, precision)
 
 # -----------------------------------------------------------------------------
 # the run's folder, and the data
@@ -209,7 +211,7 @@ train_model = parallel.distribute(model, my_device, precision, fsdp, fsdp_replic
 # optimizer
 
 betas = (beta1, beta2)
-compiles_muon = compiles and device_type == 'cuda'  # no gain on a CPU: it is matrix products
+compiles_muon = compiles and device_type != 'cpu'  # no gain on a CPU: it is matrix products
 optimizers = optim.make_optimizers(
     model, optimizer, learning_rate, betas, weight_decay, muon_lr, muon_momentum, compiles_muon
 )
