@@ -4,6 +4,7 @@ torch's answers about GPUs are replaced. What several processes say is in test_p
 """
 
 import datetime
+import math
 import os
 import socket
 from types import SimpleNamespace
@@ -11,9 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from torch.torch_version import TorchVersion
 
+import optim
 import parallel
 import runtime
+from model import ARCHITECTURES
 from runtime import UserError
 
 # -----------------------------------------------------------------------------
@@ -272,3 +276,44 @@ def test_alone_an_error_of_nccl_is_a_traceback(capsys, monkeypatch):
     runtime.explain_error(type(error), error, None)
     assert 'Another process' not in capsys.readouterr().err
     assert 'RANK' not in os.environ
+
+
+@pytest.mark.parametrize(('version', 'is_old'), [('2.9.1', True), ('2.13.0', False)])
+def test_apples_gpus_need_a_torch_that_skips_steps(monkeypatch, version, is_old):
+    made = lambda n, device: SimpleNamespace(device=torch.device(device))  # noqa: E731
+    monkeypatch.setattr(torch, 'empty', made)
+    monkeypatch.setattr(torch, '__version__', TorchVersion(version))
+    if is_old:
+        with pytest.raises(UserError, match=r"^device='mps' needs torch 2\.13 or newer"):
+            runtime.pick_device('mps')
+    else:
+        assert runtime.pick_device('mps') == 'mps'
+
+
+# -----------------------------------------------------------------------------
+# a small step there and on the CPU
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+@pytest.mark.parametrize('arch', ARCHITECTURES)
+def test_a_device_may_round(arch, dtype):
+    optim.check_device(arch, 'cpu', dtype)
+
+
+@pytest.mark.parametrize('factor', [1.05, math.nan])
+def test_a_device_that_computes_something_else_is_refused(monkeypatch, factor):
+    real = optim.GPT.forward
+    losses = []
+
+    def forward(self, *args):
+        loss = real(self, *args)
+        losses.append(loss)
+        return loss * factor if len(losses) == 2 else loss
+
+    monkeypatch.setattr(optim.GPT, 'forward', forward)
+    with pytest.raises(UserError) as caught:
+        optim.check_device('qwen3', 'cpu', 'bfloat16')
+    loss, wrong = (loss.item() for loss in losses)
+    message = str(caught.value)
+    assert f'has a loss of {wrong * factor:.4f} where the CPU has {loss:.4f}' in message
+    assert 'Try another version, or --device=cpu.' in message

@@ -78,6 +78,7 @@ def alone(sheep, tmp_path):
         pytest.param(1, [], marks=pytest.mark.slow),
         pytest.param(4, [], marks=pytest.mark.slow),
         pytest.param(4, ['--fsdp'], marks=pytest.mark.slow),
+        pytest.param(4, ['--fsdp', '--fsdp_replicas=2'], marks=pytest.mark.slow),
     ],
 )
 def test_many_processes_train_what_one_does(alone, tmp_path, processes, more):
@@ -105,6 +106,19 @@ def test_many_processes_share_the_work_of_muon_whole_or_sharded(sheep, tmp_path)
     logged = losses(tmp_path / 'out', 'loss')
     assert list(logged) == list(range(1, 21))
     assert logged == pytest.approx(losses(tmp_path / 'alone', 'loss'), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_samples_are_the_same_whole_or_sharded(sheep, tmp_path):
+    samples = []
+    for more in ([], ['--fsdp']):
+        flags = [*FLAGS, '--max_iters=30', '--sample_interval=30', f'--out_dir=out{len(more)}']
+        result = torchrun(2, *flags, *more, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        logged = records(tmp_path / f'out{len(more)}')
+        samples.append([record['sample'] for record in logged if 'sample' in record])
+    assert samples[0] == samples[1]
+    assert len(samples[0]) == 1
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 import checkpoint
 import model as model_module
 import parallel
+import runtime
 import tokenizer
 from data import (
     IGNORE,
@@ -228,6 +229,25 @@ def test_the_clock_counts_steps_and_not_evaluating_or_saving(run, sheep, tmp_pat
     assert losses(tmp_path / 'out', 'train_seconds') == trained | {0: 0.0}
     train(run, *flags, '--eval_interval=9', '--max_iters=9', '--init_from=resume')
     assert losses(tmp_path / 'out', 'train_seconds')[9] == 18.0, 'of both runs together'
+
+
+def test_rates_are_without_the_step_that_compiles(run, sheep, tmp_path, monkeypatch):
+    seconds = [0.0]
+    durations = iter([100.0, *[2.0] * 5])
+
+    def step(*args, original=torch.optim.AdamW.step, **kwargs):
+        seconds[0] += next(durations)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(time, 'perf_counter', lambda: seconds[0])
+    monkeypatch.setattr(torch.optim.AdamW, 'step', step)
+    monkeypatch.setattr(GPT, 'compile', lambda self: None)
+    monkeypatch.setattr(runtime, 'can_compile', lambda device: True)
+    result = train(run, '--max_iters=6', '--log_interval=3', '--compile=True')
+    tokens = 4 * 32  # of a step
+    assert losses(tmp_path / 'out', 'tokens_per_second') == {3: tokens / 2, 6: tokens / 2}
+    assert losses(tmp_path / 'out', 'train_seconds')[6] == 110.0, 'all of them took time'
+    assert re.search(r'(?m)^ +3 .* 0m06s$', result.out), 'three steps of 2 s are left'
 
 
 # -----------------------------------------------------------------------------
