@@ -361,6 +361,10 @@ def bench_gpu():
     The recipes train on the bundled text, with one micro-batch of the same size per step.
     """
     torch_device = torch.device(pick_device(device))
+    if torch_device.type == 'cpu' and size != 'tiny':
+        raise UserError('bench.py gpu needs a GPU; --size=tiny tries it out on a CPU.')
+    if variants:
+        raise UserError('variants is for step and sample: bench.py gpu measures all.')
     figures = {}
     known = ['plain', 'ours', 'plain compiled', 'ours compiled']
     figures['step'] = measure_steps(torch_device, pick_variants(torch_device, known), 1)
@@ -379,11 +383,10 @@ def run_recipe(recipe):
     """Train 50 steps by a recipe, print its figures and return them."""
     flags = {
         'max_iters': 50, 'eval_interval': 50, 'warmup_iters': 5, 'log_interval': 25,
-        'gradient_accumulation_steps': 1, 'block_size': block_size, 'stride': block_size,
+        'gradient_accumulation_steps': 1, 'batch_size': batch_size or 16,
+        'block_size': block_size, 'stride': block_size,
         'dataset': 'shakespeare',
     }  # fmt: skip
-    if batch_size:
-        flags['batch_size'] = batch_size
     if size == 'tiny':
         flags |= SIZES['tiny']
     flags = [f'--{name}={value}' for name, value in flags.items()]

@@ -90,7 +90,9 @@ def save(out_dir, model, tokenizer, meta, state=None, keep_last=1):
     UserError when the weights are not finite; the checkpoints before it are then untouched.
     """
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise UserError(f'The weights are not finite at step {meta["step"]:,}: nothing is saved.')
+        what = f'The weights are not finite at step {meta["step"]:,}: nothing is saved.'
+        advice = 'has what was saved before; try a lower learning_rate or a grad_clip'
+        raise UserError(f'{what} {out_dir} {advice}.')
     with contextlib.suppress(FileNotFoundError):
         flush(Path(out_dir, 'log.jsonl'))  # has the losses of this step
     kind = 'weights' if state is None else 'step'
@@ -103,6 +105,9 @@ def save(out_dir, model, tokenizer, meta, state=None, keep_last=1):
     except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f'{path} could not be saved: {str(error).splitlines()[0]}') from None
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     publish(temporary, path)
     if state is not None:
         delete_old(out_dir, path, keep_last)

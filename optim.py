@@ -3,8 +3,8 @@
 Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/) is SGD with momentum whose
 updates are orthogonalized. It is for the matrices inside the blocks; embeddings, lm_head, norms and
 biases stay with AdamW. `torch.optim.Muon` treats one matrix at a time in bfloat16. Here all
-matrices of one shape are treated at once, on a CPU in float32, and several processes share the
-work.
+matrices of one shape are treated at once, in the device's own dtype (see runtime.pick_dtype), and
+several processes share the work.
 """
 
 from functools import partial
@@ -99,6 +99,9 @@ def check_device(arch, device, dtype):
 
     Devices have computed something else before, without an error.
     """
+    if torch.device(device).type == 'mps' and torch.__version__ < '2.13':
+        # Its AdamW takes steps that it is to skip.
+        raise UserError("Training on device='mps' needs torch 2.13 or newer: use --device=cpu.")
     config = GPTConfig(arch=arch, vocab_size=320, block_size=64, n_layer=2, n_head=4, n_embd=64)
     losses = []
     gradients = []
@@ -115,7 +118,7 @@ def check_device(arch, device, dtype):
     off = float((computed - expected).norm() / expected.norm())
     tolerance = 0.01 if dtype == 'float32' else 0.03  # TF32 has ten bits, bfloat16 seven
     is_close = abs(losses[1] - losses[0]) < tolerance * losses[0] and off < tolerance
-    if not is_close:  # NaN is not either
+    if not is_close:  # also where a figure is NaN
         what = f'{device} has a loss of {losses[1]:.4f} where the CPU has {losses[0]:.4f}, and'
         how = f'gradients that are {off:.1%} off: it cannot be trusted with torch'
         raise UserError(f'{what} {how} {torch.__version__}. Try another version, or --device=cpu.')
@@ -193,10 +196,9 @@ def orthogonalize(matrices, dtype):
     a, b, c = 3.4445, -4.7750, 2.0315
     _, m, n = matrices.shape
     is_tall = m > n
-    x = matrices.to(dtype)
-    if is_tall:
-        x = x.mT  # X^T X is smaller than X X^T
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = matrices.mT if is_tall else matrices  # X^T X is smaller than X X^T
+    # Divided before they are rounded: float16 has no small numbers.
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(5):
         A = x @ x.mT
         polynomial = torch.baddbmm(A, A, A, beta=b, alpha=c)

@@ -48,8 +48,8 @@ def init_process_group(device, backend, micro_steps):
     kind = torch.device(device).type
     if not launched:
         # 'cuda:1' has to become the current device; 'cuda' is the current one.
-        if kind == 'cuda' and torch.device(device).index is not None:
-            torch.cuda.set_device(device)
+        if kind in ('cuda', 'xpu') and torch.device(device).index is not None:
+            torch.get_device_module(kind).set_device(device)
         return device
 
     check_division(micro_steps, world_size)
@@ -65,6 +65,12 @@ def init_process_group(device, backend, micro_steps):
     except (RuntimeError, ValueError) as error:  # torch.distributed's own errors are RuntimeErrors
         raise UserError(f'The processes cannot connect: {str(error).splitlines()[0]}') from None
     return device
+
+
+def wait_for_all():
+    """Wait until all processes have come here."""
+    if launched:
+        dist.barrier()
 
 
 def exit(status):
@@ -157,9 +163,10 @@ def distribute(model, device, dtype, fsdp=False, fsdp_replicas=1):
     """
     if fsdp and (not launched or dtype == 'float16'):
         raise UserError('fsdp=True is for torchrun, and for float32 or bfloat16.')
-    if world_size % fsdp_replicas or (fsdp_replicas > 1 and not fsdp):
-        what = f'fsdp_replicas={fsdp_replicas} needs fsdp=True'
-        raise UserError(f'{what} and must divide the number of processes, {world_size}.')
+    if fsdp_replicas > 1 and not fsdp:
+        raise UserError(f'fsdp_replicas={fsdp_replicas} is for fsdp=True.')
+    if world_size % fsdp_replicas:
+        raise UserError(f'fsdp_replicas={fsdp_replicas} must divide the {world_size} processes.')
     if fsdp:
         shard_blocks(model, torch.device(device).type, getattr(torch, dtype), fsdp_replicas)
         return model
@@ -174,19 +181,18 @@ def distribute(model, device, dtype, fsdp=False, fsdp_replicas=1):
 def shard_blocks(model, device_type, dtype, replicas):
     """Shard a model by FSDP2, and move it to the devices.
 
-    It computes what DDP does under autocast: only the weights of blocks are gathered in 16 bits,
-    to which autocast would round them, all but those of norms. The embeddings, and with them what
-    flows from block to block, the rotary positions, and all gradients that are summed up, stay in
-    float32.
+    It computes what DDP does under autocast, but for one thing: weights of norms in the blocks are
+    rounded to 16 bits, too. The embeddings, and with them what flows from block to block, the
+    rotary positions, and all gradients that are summed up, stay in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    shape, names = (world_size,), ('shard',)
-    if replicas > 1:
-        shape = (replicas, world_size // replicas)
-        names = ('replicate', 'shard')
-    mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
+    dimensions = {'replicate': replicas, 'shard': world_size // replicas}
+    if replicas == 1:
+        del dimensions['replicate']
+    shape = tuple(dimensions.values())
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=tuple(dimensions))
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)

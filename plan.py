@@ -8,8 +8,10 @@ GPT.flops_per_token.
 
 Under FSDP each of N devices keeps 1/N of weights, gradients and optimizer state. Gathered at a time
 are what is around the blocks, in float32, and two blocks, in the dtype of the computation (Zhao et
-al., 2023, PyTorch FSDP). About 20 tokens per parameter are the best use of a given number
-of operations (Hoffmann et al., 2022, Chinchilla).
+al., 2023, PyTorch FSDP).
+
+About 20 tokens per parameter are the best use of a given number of operations (Hoffmann et al.,
+2022, Chinchilla).
 
 What the devices send each other: an all-reduce of n bytes over N devices has each of them send
 2 (N - 1) / N n, an all-gather or a reduce-scatter half of that (rings; Patarasuk and Yuan, 2009).
@@ -31,7 +33,7 @@ from torch.utils._pytree import tree_leaves
 import tokenizer as tokenizers
 from data import Mixture, dataset_folder, list_folder, parse_mixture
 from inference import load_tokenizer
-from model import GPT, MAX_LOGITS, PUBLISHED, GPTConfig, find_pretrained, read_config
+from model import GPT, MAX_FILE, MAX_LOGITS, PUBLISHED, GPTConfig, find_pretrained, read_config
 from optim import freeze, make_optimizers, parameter_groups
 from parallel import check_division
 from report import duration
@@ -43,7 +45,9 @@ COLUMNS = {
 }  # fmt: skip
 MOST_LOGITS = 2**35  # more at once fit on no device
 OWN_MODELS = ('scratch', 'resume', 'auto')  # init_from for a model that the knobs describe
-FLOAT32_ONLY = ('CPU', 'M1', 'M1Max', 'M1Ultra', 'M2Ultra')  # by dtype='auto'
+# What dtype='auto' is on them; on the others it is bfloat16.
+DTYPES = {'CPU': 'float32', 'M1': 'float32', 'M1Max': 'float32', 'M1Ultra': 'float32'}
+DTYPES |= {'M2Ultra': 'float32', 'T4': 'float16', 'V100': 'float16'}
 
 # -----------------------------------------------------------------------------
 # memory
@@ -178,7 +182,8 @@ def shard(shape, knobs, whole, n_devices, recomputed=0):
 def traffic(model, knobs, n_devices, n_micro_steps):
     """Return the bytes that each device sends in a step: {how: bytes}.
 
-    n_micro_steps: of each device. 'HSDP' is what crosses from group to group of fsdp_replicas.
+    n_micro_steps: of each device. 'between groups', of fsdp_replicas, is a part of FSDP's with
+    them, and crosses from machine to machine.
     """
     n_shards = n_devices // knobs['fsdp_replicas']
     sent_of = (n_shards - 1) / n_shards  # by an all-gather, or a reduce-scatter
@@ -195,10 +200,11 @@ def traffic(model, knobs, n_devices, n_micro_steps):
     padding = math.ceil(model.config.n_layer / n_devices) * n_devices / model.config.n_layer
     all_sent_of = (n_devices - 1) / n_devices
     updates = itemsize * matrices * padding * all_sent_of  # of whoever has computed them
+    between = 2 * gradients / n_shards * (1 - 1 / knobs['fsdp_replicas']) + updates
     return {
         'DDP': 2 * gradients * all_sent_of + updates,
-        'FSDP': (n_micro_steps * (gathered + gradients) + 4 * matrices) * sent_of + updates,
-        'HSDP': 2 * gradients / n_shards * (1 - 1 / knobs['fsdp_replicas']) + updates,
+        'FSDP': (n_micro_steps * (gathered + gradients) + 4 * matrices) * sent_of + between,
+        'between groups': between,
     }
 
 
@@ -270,7 +276,7 @@ def print_plan(config):
     freeze(model, config['freeze'])
 
     if config['dtype'] == 'auto':
-        config = config | {'dtype': 'float32' if gpu in FLOAT32_ONLY else 'bfloat16'}
+        config = config | {'dtype': DTYPES.get(gpu, 'bfloat16')}
     print_size(model, data, missing, config)
     rows = memory_rows(model, config)
     held = rows['DDP']
@@ -281,8 +287,10 @@ def print_plan(config):
     print_memory(rows, config, room)
     if config['plan_gpus'] > 1:
         print_traffic(model, config)
-    at_most = (config['keep_last'] + 1) * saved / 1e9
+    at_most = (config['keep_last'] + 2) * saved / 1e9  # with the best, and the one being written
     print(f'disk    {saved / 1e9:.2f} GB per checkpoint, {at_most:.2f} GB at most for all')
+    if shape.arch == 'gpt2':  # whose files have matrices transposed
+        saved += min(MAX_FILE, held['weights'])
     print(f'host    {saved / 1e9:.2f} GB more of memory while a thread of the first process saves')
 
 
@@ -330,6 +338,9 @@ def print_time(model, config, fits):
         how = 'this machine, of which a micro-step was timed'
         if n_gpus > 1:
             how = f'{n_gpus} machines like this one, of which a micro-step was timed'
+    elif config['dtype'] == 'float32' and DTYPES.get(gpu) != 'float32':
+        print(f"time    not known: {gpu}'s peak is one in 16 bits, and dtype is float32")
+        return
     else:
         peak_tflops, _ = GPUS[gpu]
         flops = tokens * model.flops_per_token(config['block_size'])
@@ -382,7 +393,7 @@ def memory_rows(model, config):
         with warnings.catch_warnings(action='ignore'):
             whole = dry_run(model.config, config, recomputing, where)
             rows[f'DDP{label}'] = whole
-            if n_gpus > config['fsdp_replicas']:
+            if n_gpus > config['fsdp_replicas'] and config['dtype'] != 'float16':
                 sharded = shard(model.config, config, whole, n_gpus, recomputed)
                 rows[f'FSDP{label}'] = sharded
                 recomputed = sharded['activations'] // model.config.n_layer
@@ -419,8 +430,10 @@ def print_traffic(model, config):
     n_gpus = config['plan_gpus']
     n_micro_steps = config['gradient_accumulation_steps'] // n_gpus
     sent = traffic(model, config, n_gpus, n_micro_steps)
+    if config['dtype'] == 'float16':
+        del sent['FSDP']
     if config['fsdp_replicas'] == 1:
-        del sent['HSDP']
+        del sent['between groups']
     each = ', '.join(f'{name} {n_bytes / 1e9:.3g}' for name, n_bytes in sent.items())
     print(f'network GB sent by each device in a step: {each}')
     network = config['plan_network']

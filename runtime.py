@@ -70,7 +70,10 @@ def explain_error(kind, error, trace):
     if sentence is None and is_of_group and _LOST_PEER.search(str(error)):
         if rank > 0:
             return  # one is enough
-        sentence = f'Another process has ended, see why above: {str(error).splitlines()[0][:100]}'
+        lines = str(error).strip().splitlines()
+        cause = lines[-1] if 'NCCL error in' in lines[0] else lines[0]  # else that is a path only
+        what = 'Another process has ended, or the network has failed, see also above'
+        sentence = f'{what}: {cause[:200]}'
     if sentence is None:
         sys.__excepthook__(kind, error, trace)
         return
@@ -173,21 +176,23 @@ def pick_device(name):
     import torch
 
     if name == 'auto':
-        there_are = [kind for kind in DEVICES if torch.get_device_module(kind).is_available()]
-        name = there_are[0]
+        available = [kind for kind in DEVICES if torch.get_device_module(kind).is_available()]
+        name = available[0]
         if name == 'cpu':
             check_driver()
+    kind = name.partition(':')[0]
+    if kind not in DEVICES:
+        raise UserError(f"device='{name}' cannot be used here: it is none of {', '.join(DEVICES)}.")
+    if not torch.get_device_module(kind).is_available():
+        raise UserError(f"device='{name}' cannot be used here: torch finds none.")
     # Before anything is put on a GPU: on the first one, each process would take half a GiB.
-    if name in ('cuda', 'xpu') and 'LOCAL_RANK' in os.environ:
-        name = claim_gpu(name)
+    if kind in ('cuda', 'xpu') and 'LOCAL_RANK' in os.environ:
+        name = claim_gpu(kind)
     try:
-        if torch.empty(1, device=name).device.type not in DEVICES:
-            raise RuntimeError(f'it is none of {", ".join(DEVICES)}')
+        torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device='{name}' cannot be used here: {reason}") from None
-    if name == 'mps' and torch.__version__ < '2.13':  # its AdamW takes steps that it is to skip
-        raise UserError("device='mps' needs torch 2.13 or newer: use --device=cpu.")
     if name == 'cpu':
         keep_freed_memory()
     return name
@@ -259,7 +264,7 @@ def can_compile(device):
 
 
 def to_device(device, *tensors):
-    """Copy tensors of the CPU to a device, to a GPU without waiting for it."""
+    """Copy tensors of the CPU to a device, on CUDA without waiting for it."""
     import torch
 
     if torch.device(device).type == 'cuda':  # from memory that is not pinned it would wait
@@ -283,9 +288,9 @@ def peak_flops(device, dtype):
     words = torch.cuda.get_device_name(device).replace('RTX ', 'RTX').replace('-', ' ').split()
     known = [GPUS[word] for word in words if word in GPUS]
     # A card with one of these words in its name is not as fast as its namesake.
-    others = {'PCIe', 'NVL', 'Laptop', 'D', 'Ti', 'SUPER'}
+    others = {'PCIe', 'PCIE', 'NVL', 'Laptop', 'Max', 'D', 'Ti', 'SUPER', 'MIG'}
     if 'A100' in words:
-        others.remove('PCIe')  # its PCIe card has the same peak
+        others -= {'PCIe', 'PCIE'}  # this card has the same peak
     if not known or others.intersection(words):
         return None
     tflops, _ = known[0]
@@ -307,7 +312,7 @@ def keep_freed_memory():
 
 
 def peak_memory_gib(device):
-    """Return the most GiB in use so far: of the device on CUDA, else by this process."""
+    """Return the most GiB in use so far: of a GPU (MPS: in use now), else by this process."""
     import torch
 
     if torch.device(device).type in ('cuda', 'xpu'):

@@ -132,8 +132,6 @@ torch.set_float32_matmul_precision('high')  # TF32 on CUDA
 
 wants_compile = device_type in ('cuda', 'xpu') if compile is None else compile
 compiles = wants_compile and runtime.can_compile(my_device)
-if device_type != 'cpu':
-    optim.check_device(arch, my_device, precision)
 
 # -----------------------------------------------------------------------------
 # the run's folder, and the data
@@ -193,6 +191,8 @@ else:
     run_config.update({name: getattr(model.config, name) for name in shape if name != 'block_size'})
 
 check_round_trip(model)  # better now than at the first checkpoint
+if device_type != 'cpu':
+    optim.check_device(model.config.arch, my_device, precision)
 optim.freeze(model, freeze)
 if sample_interval:
     report.check_prompt(tokenizer, sample_prompt, block_size)
@@ -271,6 +271,13 @@ def out_of_patience():
     return progress.evals_since_best >= patience
 
 
+def fail(message):
+    """End the run in one sentence, in all processes alike, when a save in progress has ended."""
+    check_save(wait=True)
+    parallel.wait_for_all()
+    report.fail(f'{message} {advice}')
+
+
 def check_skipped_steps():
     """Read the counters of skipped steps, and end the run after too many in a row."""
     counters = torch.stack((n_skipped, streak, longest_streak))
@@ -284,10 +291,8 @@ def check_skipped_steps():
     progress.skipped_steps = total
     progress.skipped_in_a_row = in_a_row
     if longest >= max_skipped_steps:
-        report.fail(
-            f'The loss or the gradient was not finite {longest} times in a row, seen at step '
-            f'{progress.step:,}. {advice}'
-        )
+        how_often = f'{longest} times in a row, seen at step {progress.step:,}'
+        fail(f'The loss or the gradient was not finite {how_often}.')
 
 
 def evaluate():
@@ -301,10 +306,7 @@ def evaluate():
         for name, (nats, n_targets) in zip(data.names, results, strict=True):
             val_losses[f'val_loss/{name}'] = nats / n_targets
     if not math.isfinite(val_loss):
-        report.fail(
-            f'The validation loss is {val_loss} at step {progress.step:,}: nothing is saved. '
-            f'{advice}'
-        )
+        fail(f'The validation loss is {val_loss} at step {progress.step:,}: nothing is saved.')
 
     progress.last_eval_step = progress.step
     progress.evals_since_best += 1
@@ -358,7 +360,7 @@ def check_save(wait=False, must_succeed=False):
             report.fail(f'{error}. What was saved before is intact.')
         report.print_line(f'step {progress.step:>6,}  NOT SAVED: {error}')
     except UserError as error:
-        report.fail(f'{error} {advice}')
+        report.fail(str(error))
 
 
 def print_sample():
@@ -458,20 +460,20 @@ while True:
             report.print_validation(step, tokens_seen(), metrics)
             break
 
+        is_last = bool(done or stop_signal)
         if eval_now:
             report.log(log_path, step=step, **metrics)
             is_best = progress.best_step == step
             outcome = ''
-            if done or stop_signal or (step > 0 and (is_best or always_save_checkpoint)):
-                outcome = save_checkpoint(val_loss, must_succeed=done or stop_signal)
+            if is_last or (step > 0 and (is_best or always_save_checkpoint)):
+                outcome = save_checkpoint(val_loss, must_succeed=is_last)
             report.print_validation(step, tokens_seen(), metrics, outcome)
         elif stop_signal and is_new:
             outcome = save_checkpoint(None, must_succeed=True)
             report.print_line(f'{step:>9,}  {signal.Signals(stop_signal).name}, {outcome}')
         if (eval_now or stop_signal) and is_main:
-            report.update_plot(out_dir, step, done or stop_signal)
+            report.update_plot(out_dir, step, is_last)
         if weights_now:
-            is_last = bool(done or stop_signal)
             outcome = save_checkpoint(val_loss, must_succeed=is_last, weights_only=True)
             report.print_line(f'{step:>9,}  {outcome}')
         if sample_now:
@@ -493,8 +495,8 @@ while True:
     loss = torch.zeros((), device=my_device)
     for micro_step in range(parallel.rank, gradient_accumulation_steps, parallel.world_size):
         # Gradients are averaged over the processes once, in the last backward pass.
-        is_last = micro_step + parallel.world_size >= gradient_accumulation_steps
-        parallel.sync_gradients(train_model, is_last)
+        is_last_micro_step = micro_step + parallel.world_size >= gradient_accumulation_steps
+        parallel.sync_gradients(train_model, is_last_micro_step)
         x, y = data.get_batch(micro_batches[micro_step])
         # The mean over a micro-batch times its share of all targets: these sum up to the mean over
         # the step. A padded window has fewer targets.
@@ -553,8 +555,8 @@ while True:
         report.print_progress(log_path, record, peak_flops, seconds_left)
         logged_step = progress.step
         logged_seconds = seconds
-    if progress.step == first_step + 1 and compiles:
-        # The first step has compiled the model: the rates are those of the steps after it.
+    is_compiled_now = compiles and progress.step == first_step + 1
+    if is_compiled_now:  # the rates are those of the steps after it
         runtime.synchronize(my_device)
         logged_step = timed_step = progress.step
         logged_seconds = timed_seconds = clock.seconds

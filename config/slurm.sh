@@ -2,9 +2,9 @@
 # A job of two machines with 8 GPUs each: sbatch config/slurm.sh. They need a common out_dir.
 #
 # 6 x 80 x 1,024 = 491,520 tokens per step, as in train_gpt2.py: 80 micro-batches for 16 GPUs.
-# Two minutes before the time limit or a preemption Slurm sends SIGTERM, and the run saves. A job
-# that was preempted is queued again, and --init_from=auto resumes the run. --max-restarts starts the
-# processes again when one of them dies.
+# Two minutes before the time limit or a preemption Slurm sends SIGTERM, and the run saves (if a save
+# is in progress, after that: allow for two). A job that was preempted is queued again, and
+# --init_from=auto resumes the run. --max-restarts starts the processes again when one of them dies.
 
 #SBATCH --nodes=2 --ntasks-per-node=1 --gpus-per-node=8
 #SBATCH --signal=TERM@120 --requeue

@@ -19,7 +19,8 @@ import optim
 import parallel
 from model import GPT, GPTConfig
 
-ARCHITECTURES = ('gpt2', 'llama', 'qwen3')
+LLAMA = pytest.param('llama', marks=pytest.mark.slow)  # is qwen3, but for its norms of q and k
+ARCHITECTURES = ('gpt2', 'qwen3', LLAMA)
 HALF = [('float32', True), ('bfloat16', False)]  # of what train.py can be asked for
 OTHER_HALF = [
     pytest.param('float32', False, marks=pytest.mark.slow),

@@ -1,19 +1,26 @@
-"""A plan, compared with what a run really takes."""
+"""A plan, compared with what a run takes, sends and refuses.
+
+Memory is that of real runs on this CPU, and of simulated worlds of 8 and 64 GPUs (test_worlds.py).
+"""
 
 import json
 import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import pytest
+import test_worlds
 import torch
 from conftest import ROOT, TINY
+from test_evaluate import save
+from test_worlds import WAYS, simulated_peak, watched_step
 
+import plan
+import tokenizer as tk
 from model import GPT, PUBLISHED, GPTConfig
-from plan import dry_run
+from plan import COLUMNS, dry_run, memory_rows, traffic
+from runtime import GPUS
 
 BASE = {
     'arch': 'gpt2',
@@ -25,47 +32,179 @@ BASE = {
     'gradient_accumulation_steps': 1,
     'optimizer': 'adamw',
 }
-DEEP = BASE | {'n_layer': 6, 'n_embd': 192, 'block_size': 256, 'batch_size': 12}
-WIDE = BASE | {'n_layer': 8, 'n_embd': 512, 'block_size': 64}
+DEEP = BASE | {'n_layer': 6, 'n_embd': 192, 'block_size': 256, 'batch_size': 6}
+WIDE = BASE | {'n_layer': 8, 'n_embd': 384, 'block_size': 64}
 RUNS = {
     'mostly activations': DEEP,
     'mostly weights': WIDE,
     'recomputed': DEEP
     | {'arch': 'qwen3', 'activation_checkpointing': True, 'gradient_accumulation_steps': 2},
-    'muon': WIDE | {'n_layer': 6, 'optimizer': 'muon', 'gradient_accumulation_steps': 2},
+    'muon': WIDE
+    | {'n_layer': 8, 'n_embd': 320, 'optimizer': 'muon', 'gradient_accumulation_steps': 2},
     'frozen': WIDE | {'freeze': 6},
 }
 
 
-def peak_memory(folder, name, knobs):
-    """Bytes of the whole process while it trains two steps, before it saves and draws."""
-    flags = [f'--{name}={value}' for name, value in knobs.items()]
-    line = [sys.executable, ROOT / 'train.py', '--dataset=sheep', '--max_iters=2', *flags]
-    line += ['--device=cpu', '--dtype=float32', f'--out_dir=out {name}']
+# Each run is a fork of a process that has imported all, and it neither saves nor draws: these are
+# most of the seconds of a small run.
+FORKS = """
+import os, runpy, sys
+sys.path.insert(0, {root!r})
+import checkpoint, data, inference, model, optim, parallel, report
+report.draw = checkpoint.start_save = lambda *args, **kwargs: None
+for flags in {lines!r}:
+    pid = os.fork()
+    if not pid:
+        sys.argv = ['train.py', *flags]
+        runpy.run_path({root!r} + '/train.py', run_name='__main__')
+        sys.exit()
+    assert os.waitpid(pid, 0)[1] == 0, flags
+"""
+
+
+def peaks_of_runs(folder, runs):
+    """Bytes of the whole processes while they train two steps, before they save and draw."""
+    lines = []
+    for name, knobs in runs.items():
+        line = [f'--{knob}={value}' for knob, value in knobs.items()]
+        line += ['--dataset=sheep', '--max_iters=2', '--device=cpu', '--dtype=float32']
+        lines.append([*line, f'--out_dir=out {name}'])
     # A low threshold has freed memory given back at once.
     environment = os.environ | {'MALLOC_MMAP_THRESHOLD_': '65536', 'OMP_NUM_THREADS': '1'}
+    script = FORKS.format(root=str(ROOT), lines=lines)
     subprocess.run(
-        line, cwd=folder, capture_output=True, timeout=300, env=environment, check=True
-    )
-    lines = (folder / f'out {name}' / 'log.jsonl').read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    return 2**30 * max(record['gib'] for record in records if 'gib' in record)
+        [sys.executable, '-c', script],
+        cwd=folder, capture_output=True, timeout=300, env=environment, check=True,
+    )  # fmt: skip
+    peaks = []
+    for name in runs:
+        log = (folder / f'out {name}' / 'log.jsonl').read_text().splitlines()
+        records = [json.loads(line) for line in log]
+        peaks.append(2**30 * max(record['gib'] for record in records if 'gib' in record))
+    return peaks
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='it reads /proc')
 def test_planned_memory_is_what_a_run_takes(sheep, tmp_path):
-    with ThreadPoolExecutor(2) as pool:
-        names = ['nothing', *RUNS]
-        knobs = [BASE, *RUNS.values()]
-        nothing, *peaks = pool.map(partial(peak_memory, tmp_path), names, knobs)
+    nothing, *peaks = peaks_of_runs(tmp_path, {'nothing': BASE} | RUNS)
     for name, peak in zip(RUNS, peaks, strict=True):
         knobs = {'freeze': None, 'activation_checkpointing': False, 'dtype': 'float32'} | RUNS[name]
         fields = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size')
         shape = GPTConfig(vocab_size=257, **{field: knobs[field] for field in fields})
         planned = dry_run(shape, knobs, knobs['activation_checkpointing'])
-        assert sum(planned.values()) == 2 * planned['peak'], 'the peak is the sum of the others'
-        assert min(planned.values()) >= 0, (name, planned)
+        parts = [planned[column] for column in COLUMNS if column != 'peak']
+        assert sum(parts) == planned['peak'], 'the peak is the sum of the others'
+        assert min(parts) >= 0, (name, planned)
         assert peak - nothing == pytest.approx(planned['peak'], rel=0.15), (name, planned)
+
+
+# -----------------------------------------------------------------------------
+# many GPUs, simulated
+
+XL = PUBLISHED['gpt2-xl'] | {'block_size': 1024}
+LLAMA_7B = {
+    'arch': 'llama', 'n_layer': 32, 'n_head': 32, 'n_embd': 4096, 'intermediate_size': 11008,
+    'vocab_size': 32000, 'tie_weights': False, 'block_size': 4096,
+}  # fmt: skip
+LARGE = {'gpt2-xl': (XL, 12), 'llama-7b': (LLAMA_7B, 1)}  # batch sizes
+SMALL = {
+    'gpt2': (XL | {'n_layer': 2}, 4),
+    'llama': (LLAMA_7B | {'n_layer': 2, 'block_size': 1024}, 1),
+}
+
+
+def planned_and_simulated(shape, batch_size, optimizer, ranks, replicas=1):
+    """The two rows of FSDP, without and with recomputing, by the plan and by the simulation."""
+    shape = GPTConfig(**shape)
+    knobs = {
+        'optimizer': optimizer, 'dtype': 'bfloat16', 'batch_size': batch_size, 'freeze': None,
+        'block_size': shape.block_size, 'fsdp_replicas': replicas, 'plan_gpu': 'H100',
+        'plan_gpus': ranks,
+    }  # fmt: skip
+    with torch.device('meta'):
+        model = GPT(shape)
+    rows = memory_rows(model, knobs)
+    pairs = []
+    for name, recomputes in (('FSDP', False), ('FSDP recomputing', True)):
+        held = simulated_peak(shape, knobs, ranks, recomputes, replicas)
+        pairs.append((rows[name], held))
+    return pairs
+
+
+def assert_same_memory(pairs):
+    """Whatever a rank holds, and its peak, is as planned."""
+    for planned, held in pairs:
+        for what in ('weights', 'gradients', 'optimizer'):
+            assert planned[what] == pytest.approx(held[what], rel=0.01), what
+        assert planned['peak'] == pytest.approx(held['peak'], rel=0.05), (planned, held)
+
+
+@pytest.mark.parametrize(
+    ('name', 'optimizer', 'ranks', 'replicas'),
+    [
+        ('gpt2', 'adamw', 8, 1),
+        ('llama', 'adamw', 64, 8),
+        ('llama', 'muon', 2, 1),  # halves of the matrices for each
+        ('llama', 'muon', 64, 8),  # one for two devices, padding for the others
+    ],
+)
+def test_planned_memory_is_what_a_rank_holds(name, optimizer, ranks, replicas):
+    assert_same_memory(planned_and_simulated(*SMALL[name], optimizer, ranks, replicas))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', LARGE)
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+@pytest.mark.parametrize(('ranks', 'replicas'), [(8, 1), (64, 1), (64, 8)])
+def test_planned_memory_of_large_models(name, optimizer, ranks, replicas):
+    assert_same_memory(planned_and_simulated(*LARGE[name], optimizer, ranks, replicas))
+
+
+class Sent(test_worlds.Collectives):
+    """Note what a device sends in each collective, by rings: (kind, bytes, members)."""
+
+    members_of_reduce = 0
+    sent = ()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        so_far = len(self.tensors)
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        sizes = [tensor.nbytes for _, tensor in self.tensors[so_far:]]
+        if sizes:
+            kind, whole = self.found[-1]
+            members = whole // min(sizes)  # of a share, in all-gather and reduce-scatter
+            if kind == 'reduce':
+                members = self.members_of_reduce
+            factor = 2 if kind == 'reduce' else 1
+            Sent.sent.append((kind, factor * (members - 1) / members * whole, members))
+        return result
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+@pytest.mark.parametrize('way', WAYS)
+def test_planned_traffic_is_what_a_rank_sends(monkeypatch, way, optimizer):
+    ranks, fsdp, replicas, _ = WAYS[way]
+    members_of_reduce = replicas if replicas > 1 else ranks
+    monkeypatch.setattr(Sent, 'members_of_reduce', members_of_reduce)
+    monkeypatch.setattr(Sent, 'sent', [])
+    monkeypatch.setattr(test_worlds, 'Collectives', Sent)
+    knobs = {'optimizer': optimizer, 'dtype': 'bfloat16', 'fsdp_replicas': replicas}
+    planned = traffic(test_worlds.make_model('qwen3'), knobs, ranks, test_worlds.MICRO_STEPS)
+    with test_worlds.simulated_world(ranks):
+        watched_step('qwen3', way, optimizer, 'bfloat16', monkeypatch)
+
+    total = sum(size for _, size, _ in Sent.sent)
+    if replicas == 1:
+        assert planned['FSDP' if fsdp else 'DDP'] == pytest.approx(total, rel=0.02)
+        return
+    reduced = sum(size for kind, size, _ in Sent.sent if kind == 'reduce')
+    updates = sum(size for _, size, members in Sent.sent if members == ranks)
+    assert planned['FSDP'] == pytest.approx(total - reduced, rel=0.02)
+    assert planned['HSDP'] == pytest.approx(reduced + updates, rel=0.02)
+
+
+# -----------------------------------------------------------------------------
+# what a plan says
 
 
 def test_the_plan_of_a_published_model_says_what_is_known_of_it(run):
@@ -133,6 +272,112 @@ def test_bad_plans_get_one_sentence(sheep, run, flag, message):
     assert result.code == 1
     assert message in result.err
     assert 'Traceback' not in result.err
+
+
+@pytest.fixture
+def models(sheep, tmp_path, monkeypatch):
+    """Folders of small models, bytes/ and pairs/, of two vocabularies; 'gpt2' is such a one."""
+    save(tmp_path / 'bytes', tk.build('byte'))
+    save(tmp_path / 'pairs', tk.build('bpe', ['a pair of pairs'], 260))
+    gpt2 = tmp_path / 'small-gpt2'
+    gpt2.mkdir()
+    GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8)).save_pretrained(gpt2)
+    find_pretrained = sys.modules['model'].find_pretrained
+
+    def find(source, with_weights=True):
+        return str(gpt2) if source == 'gpt2' else find_pretrained(source, with_weights)
+
+    monkeypatch.setattr('model.find_pretrained', find)
+
+
+@pytest.mark.parametrize(
+    ('flags', 'sentence'),
+    [
+        ('--init_from=pairs', 'The model pairs has a vocabulary of 260 tokens, data/sheep another'),
+        ('--init_from=gpt2', 'The model gpt2 has a vocabulary of 50,257 tokens, data/sheep'),
+        ('--init_from=bytes --block_size=129', 'block_size=129 is longer than the context of the'),
+        ('--init_from=gpt2 --dataset=gpt2 --block_size=1025', 'block_size=1025 is longer than'),
+        ('--block_size=90000', 'The training split of data/sheep has '),
+        ('--dataset=sheep:0.5,sheep:0.5', 'names a dataset twice'),
+        ('--freeze=3', 'freeze=3 must be from 0 to 2, the number of blocks.'),
+    ],
+)
+def test_a_plan_refuses_what_a_run_refuses(run, models, flags, sentence):
+    gpt2_text = run('prepare.py', '--input=sheep.txt', '--tokenizer=gpt2', '--name=gpt2')
+    assert gpt2_text.code == 0, gpt2_text.err
+    results = []
+    for mode in ('--plan', '--max_iters=1'):
+        results.append(run('train.py', '--dataset=sheep', *TINY, *flags.split(), mode))
+    planned, trained = results
+    assert sentence in planned.err
+    assert planned.is_one_sentence
+    assert planned.err == trained.err
+
+
+def test_replicas_must_divide_the_gpus_of_a_plan(sheep, run):
+    flags = ['--dataset=sheep', *TINY, '--gradient_accumulation_steps=8', '--plan_gpus=8']
+    result = run('train.py', '--plan', *flags, '--fsdp_replicas=3')
+    assert result.is_one_sentence
+    assert result.err == 'fsdp_replicas=3 must divide plan_gpus=8.\n'
+    halves = run('train.py', '--plan', *flags, '--fsdp_replicas=2')
+    assert re.search(r'^network .*: DDP \S+, FSDP \S+, HSDP \S+$', halves.out, re.MULTILINE)
+    copies = run('train.py', '--plan', *flags, '--fsdp_replicas=8')
+    assert copies.code == 0, copies.err
+    assert not re.search(r'^ +FSDP', copies.out, re.MULTILINE), 'nothing is sharded'
+
+
+def test_price_and_network_are_in_proportion(sheep, run):
+    flags = ['--dataset=sheep', *TINY, '--gradient_accumulation_steps=8', '--plan_gpus=8']
+    flags += ['--max_iters=1000000000', '--plan_price=2.5', '--plan_network=0.5']
+    out = run('train.py', '--plan', *flags).out
+    hours, minutes = map(int, re.search(r'^time +(\d+)h(\d+)m', out, re.MULTILINE).groups())
+    (total,) = re.findall(r'^price +([\d,.]+) at 2.5 per device and hour$', out, re.MULTILINE)
+    price = float(total.replace(',', ''))
+    assert price == pytest.approx(2.5 * 8 * (hours + minutes / 60), abs=2.5 * 8 / 60)
+    sent = re.search(r'^network .*: DDP (\S+), FSDP (\S+)$', out, re.MULTILINE).groups()
+    seconds = re.search(r'^ +seconds at 0.5 .*: DDP (\S+), FSDP (\S+)$', out, re.MULTILINE).groups()
+    for gigabytes, each in zip(sent, seconds, strict=True):
+        assert float(each) == pytest.approx(2 * float(gigabytes), rel=0.01)
+
+
+def test_small_models_are_planned_in_mib(sheep, run):
+    small = run('train.py', '--plan', '--dataset=sheep', *TINY).out
+    large = run('train.py', '--plan', '--dataset=sheep', *TINY, '--n_embd=4096').out
+    assert 'memory  MiB per device' in small
+    assert 'memory  GiB per device' in large
+    weights = re.findall(r'^ +DDP +([\d.]+)', small, re.MULTILINE)[0]
+    with torch.device('meta'):
+        shape = {'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'block_size': 32}
+        model = GPT(GPTConfig(vocab_size=257, **shape))
+    n_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    assert float(weights) == pytest.approx(n_bytes / 2**20, abs=0.02)
+
+
+# As wide as they get: of what has to be found out for hours, only the numbers are wide.
+WIDE_ROW = dict.fromkeys(COLUMNS, 2345.67 * 2 ** 30)
+WIDE_ROWS = dict.fromkeys(('DDP', 'FSDP', 'DDP recomputing', 'FSDP recomputing'), WIDE_ROW)
+
+
+@pytest.mark.parametrize('gpu', GPUS)
+def test_every_gpu_has_lines_of_80_columns(sheep, run, monkeypatch, gpu):
+    monkeypatch.setattr(plan, 'memory_rows', lambda *args: WIDE_ROWS)
+    flags = ['--dataset=sheep', *TINY, '--gradient_accumulation_steps=64', '--plan_gpus=64']
+    flags += ['--max_iters=999999999', '--plan_price=123.45', '--plan_network=0.123']
+    result = run('train.py', '--plan', *flags, f'--plan_gpu={gpu}', '--fsdp_replicas=8')
+    assert result.code == 0, result.err
+    tflops, room = GPUS[gpu]
+    assert f'64 x {gpu} at 40% of {tflops} TFLOP/s' in result.out
+    assert f'not compiled; {gpu} has {room} GiB' in result.out
+    assert f'too much for {gpu}: ' in result.out
+    assert not [line for line in result.out.splitlines() if len(line) > 80]
+
+
+def test_this_cpu_is_timed(sheep, run):
+    result = run('train.py', '--plan', '--dataset=sheep', *TINY, '--plan_gpu=CPU')
+    assert result.code == 0, result.err
+    assert ' on this machine, of which a micro-step was timed, ' in result.out
+    assert 'float32, not compiled; CPU has ' in result.out
+    assert not [line for line in result.out.splitlines() if len(line) > 80]
 
 
 def test_recomputing_activations_changes_nothing(sheep, run, tmp_path):

@@ -110,7 +110,7 @@ def test_of_several_processes_the_first_speaks_first(capsys, monkeypatch):
     lost = RuntimeError('[gloo] Connection closed by peer\nat 1')
     monkeypatch.setenv('RANK', '0')
     assert explain(UserError('No.'), capsys) == 'No.\n' and not slept
-    expected = 'Another process has ended, see why above: [gloo] Connection closed by peer\n'
+    expected = 'Another process has ended, or the network has failed, see also above: [gloo] Connection closed by peer\n'
     assert explain(lost, capsys) == expected
     mine = RuntimeError('ProcessGroupGloo does not support my_op')
     assert explain(mine, capsys) == f'RuntimeError: {mine}\n', 'a traceback'

@@ -318,8 +318,15 @@ runpy.run_path({script!r}, run_name='__main__')
 """
 
 
-@pytest.mark.parametrize('how', ['end', 'signal'])
-@pytest.mark.parametrize('processes', [1, 2])
+@pytest.mark.parametrize(
+    ('processes', 'how'),
+    [
+        (1, 'signal'),
+        (2, 'end'),
+        (2, 'signal'),
+        pytest.param(1, 'end', marks=pytest.mark.slow),
+    ],
+)
 def test_the_last_saves_are_complete_at_the_end(sheep, tmp_path, processes, how):
     script = SLOW.format(root=str(ROOT), script=str(ROOT / 'train.py'))
     (tmp_path / 'slow.py').write_text(script)
