@@ -102,12 +102,11 @@ def save(out_dir, model, tokenizer, meta, state=None, keep_last=1):
         shutil.rmtree(leftover)
     try:
         write_files(temporary, model, tokenizer, meta, state)
-    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, OSError | SafetensorError):  # that has its own for a full disk
+            raise
         raise OSError(f'{path} could not be saved: {str(error).splitlines()[0]}') from None
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     publish(temporary, path)
     if state is not None:
         delete_old(out_dir, path, keep_last)

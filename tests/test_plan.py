@@ -109,7 +109,7 @@ LLAMA_7B = {
 LARGE = {'gpt2-xl': (XL, 12), 'llama-7b': (LLAMA_7B, 1)}  # batch sizes
 SMALL = {
     'gpt2': (XL | {'n_layer': 2}, 4),
-    'llama': (LLAMA_7B | {'n_layer': 2, 'block_size': 1024}, 1),
+    'llama': (LLAMA_7B | {'n_layer': 4}, 1),
 }
 
 
@@ -194,13 +194,12 @@ def test_planned_traffic_is_what_a_rank_sends(monkeypatch, way, optimizer):
         watched_step('qwen3', way, optimizer, 'bfloat16', monkeypatch)
 
     total = sum(size for _, size, _ in Sent.sent)
+    assert planned['FSDP' if fsdp else 'DDP'] == pytest.approx(total, rel=0.02)
     if replicas == 1:
-        assert planned['FSDP' if fsdp else 'DDP'] == pytest.approx(total, rel=0.02)
         return
     reduced = sum(size for kind, size, _ in Sent.sent if kind == 'reduce')
     updates = sum(size for _, size, members in Sent.sent if members == ranks)
-    assert planned['FSDP'] == pytest.approx(total - reduced, rel=0.02)
-    assert planned['HSDP'] == pytest.approx(reduced + updates, rel=0.02)
+    assert planned['between groups'] == pytest.approx(reduced + updates, rel=0.02)
 
 
 # -----------------------------------------------------------------------------
@@ -241,18 +240,18 @@ def test_a_plan_without_data_assumes_the_vocabulary_of_gpt2(run):
 def test_a_plan_writes_nothing_and_what_cannot_fit_is_said(sheep, run, tmp_path):
     before = sorted(tmp_path.rglob('*'))
     flags = [*TINY, '--n_embd=512', '--batch_size=60000', '--gradient_accumulation_steps=2']
-    flags += ['--plan_gpu=T4', '--plan_gpus=2']
+    flags += ['--plan_gpu=L4', '--plan_gpus=2']
     result = run('train.py', '--plan', '--dataset=sheep', *flags)
     assert result.code == 0
     assert sorted(tmp_path.rglob('*')) == before
-    assert 'too much for T4: DDP, FSDP, DDP recomputing, FSDP recomputing' in result.out
+    assert 'too much for L4: DDP, FSDP, DDP recomputing, FSDP recomputing' in result.out
     assert 'epochs' in result.out
 
 
 @pytest.mark.parametrize(
     ('flag', 'message'),
     [
-        ('--plan_gpu=H1000', "plan_gpu='H1000' must be one of: T4, "),
+        ('--plan_gpu=H1000', "plan_gpu='H1000' must be one of: CPU, T4, "),
         (
             '--plan_gpus=3',
             'gradient_accumulation_steps=1 cannot be divided over 3 processes: use 3.',
@@ -298,7 +297,7 @@ def models(sheep, tmp_path, monkeypatch):
         ('--init_from=bytes --block_size=129', 'block_size=129 is longer than the context of the'),
         ('--init_from=gpt2 --dataset=gpt2 --block_size=1025', 'block_size=1025 is longer than'),
         ('--block_size=90000', 'The training split of data/sheep has '),
-        ('--dataset=sheep:0.5,sheep:0.5', 'names a dataset twice'),
+        ('--dataset=sheep:0.5,sheep:0.5', "dataset='sheep:0.5,sheep:0.5' has sheep twice"),
         ('--freeze=3', 'freeze=3 must be from 0 to 2, the number of blocks.'),
     ],
 )
@@ -320,7 +319,7 @@ def test_replicas_must_divide_the_gpus_of_a_plan(sheep, run):
     assert result.is_one_sentence
     assert result.err == 'fsdp_replicas=3 must divide plan_gpus=8.\n'
     halves = run('train.py', '--plan', *flags, '--fsdp_replicas=2')
-    assert re.search(r'^network .*: DDP \S+, FSDP \S+, HSDP \S+$', halves.out, re.MULTILINE)
+    assert re.search(r'^network .*: DDP .*, FSDP .*, between groups \S+$', halves.out, re.MULTILINE)
     copies = run('train.py', '--plan', *flags, '--fsdp_replicas=8')
     assert copies.code == 0, copies.err
     assert not re.search(r'^ +FSDP', copies.out, re.MULTILINE), 'nothing is sharded'
@@ -335,7 +334,7 @@ def test_price_and_network_are_in_proportion(sheep, run):
     price = float(total.replace(',', ''))
     assert price == pytest.approx(2.5 * 8 * (hours + minutes / 60), abs=2.5 * 8 / 60)
     sent = re.search(r'^network .*: DDP (\S+), FSDP (\S+)$', out, re.MULTILINE).groups()
-    seconds = re.search(r'^ +seconds at 0.5 .*: DDP (\S+), FSDP (\S+)$', out, re.MULTILINE).groups()
+    seconds = re.search(r'^ +seconds .*: DDP (\S+), FSDP (\S+)$', out, re.MULTILINE).groups()
     for gigabytes, each in zip(sent, seconds, strict=True):
         assert float(each) == pytest.approx(2 * float(gigabytes), rel=0.01)
 
@@ -353,7 +352,7 @@ def test_small_models_are_planned_in_mib(sheep, run):
     assert float(weights) == pytest.approx(n_bytes / 2**20, abs=0.02)
 
 
-# As wide as they get: of what has to be found out for hours, only the numbers are wide.
+# As wide as they get.
 WIDE_ROW = dict.fromkeys(COLUMNS, 2345.67 * 2 ** 30)
 WIDE_ROWS = dict.fromkeys(('DDP', 'FSDP', 'DDP recomputing', 'FSDP recomputing'), WIDE_ROW)
 
@@ -362,7 +361,7 @@ WIDE_ROWS = dict.fromkeys(('DDP', 'FSDP', 'DDP recomputing', 'FSDP recomputing')
 def test_every_gpu_has_lines_of_80_columns(sheep, run, monkeypatch, gpu):
     monkeypatch.setattr(plan, 'memory_rows', lambda *args: WIDE_ROWS)
     flags = ['--dataset=sheep', *TINY, '--gradient_accumulation_steps=64', '--plan_gpus=64']
-    flags += ['--max_iters=999999999', '--plan_price=123.45', '--plan_network=0.123']
+    flags += ['--max_iters=600000', '--plan_price=123.45', '--plan_network=0.123']
     result = run('train.py', '--plan', *flags, f'--plan_gpu={gpu}', '--fsdp_replicas=8')
     assert result.code == 0, result.err
     tflops, room = GPUS[gpu]

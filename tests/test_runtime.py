@@ -110,8 +110,8 @@ def test_of_several_processes_the_first_speaks_first(capsys, monkeypatch):
     lost = RuntimeError('[gloo] Connection closed by peer\nat 1')
     monkeypatch.setenv('RANK', '0')
     assert explain(UserError('No.'), capsys) == 'No.\n' and not slept
-    expected = 'Another process has ended, or the network has failed, see also above: [gloo] Connection closed by peer\n'
-    assert explain(lost, capsys) == expected
+    begin = 'Another process has ended, or the network has failed, see also above'
+    assert explain(lost, capsys) == f'{begin}: [gloo] Connection closed by peer\n'
     mine = RuntimeError('ProcessGroupGloo does not support my_op')
     assert explain(mine, capsys) == f'RuntimeError: {mine}\n', 'a traceback'
     monkeypatch.setenv('RANK', '1')
