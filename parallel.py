@@ -161,8 +161,10 @@ def distribute(model, device, dtype, fsdp=False, fsdp_replicas=1):
     processes, each of which shards the model among its members (HSDP); ranks that follow each other
     are in one group. Raises UserError where this cannot work.
     """
-    if fsdp and (not launched or dtype == 'float16'):
-        raise UserError('fsdp=True is for torchrun, and for float32 or bfloat16.')
+    if fsdp and not launched:
+        raise UserError('fsdp=True is for several processes: start them with torchrun.')
+    if fsdp and dtype == 'float16':
+        raise UserError('fsdp=True is for float32 and bfloat16, not for float16.')
     if fsdp_replicas > 1 and not fsdp:
         raise UserError(f'fsdp_replicas={fsdp_replicas} is for fsdp=True.')
     if world_size % fsdp_replicas:

@@ -30,7 +30,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import tokenizer as tokenizers
 from data import Mixture, dataset_folder, list_folder, parse_mixture
 from inference import load_tokenizer
 from model import GPT, MAX_FILE, MAX_LOGITS, PUBLISHED, GPTConfig, find_pretrained, read_config
@@ -41,7 +40,7 @@ from runtime import GPUS, UserError, keep_freed_memory, make_autocast
 
 # The columns of the table of memory, and their widths.
 COLUMNS = {
-    'weights': 8, 'gradients': 10, 'optimizer': 10, 'activations': 12, 'loss etc.': 10, 'peak': 8,
+    'weights': 7, 'gradients': 10, 'optimizer': 10, 'activations': 12, 'loss etc.': 10, 'peak': 7,
 }  # fmt: skip
 MOST_LOGITS = 2**35  # more at once fit on no device
 OWN_MODELS = ('scratch', 'resume', 'auto')  # init_from for a model that the knobs describe
@@ -87,9 +86,9 @@ def dry_run(shape, knobs, activation_checkpointing, where='cpu', block_dtype=Non
     """Run one step with fake tensors. Returns {what: bytes} on a device that holds all of it.
 
     'activations' are held at the end of the blocks, 'loss etc.' is what more is needed at the peak
-    of the step, and 'update' is what the optimizers need beside the first three. Gradients exist
-    from the start, as in all micro-steps but the first. where: 'cpu' or 'gpu', as in
-    model.MAX_LOGITS. block_dtype: of the weights in the blocks, where that is not float32.
+    of the step, and 'loss' at the peak of the backward pass. Gradients exist from the start, as in
+    all micro-steps but the first. where: 'cpu' or 'gpu', as in model.MAX_LOGITS. block_dtype: of
+    the weights in the blocks, where that is not float32.
     """
     live = []  # bytes at the end of the blocks
     with FakeTensorMode(), Memory() as memory:
@@ -129,19 +128,33 @@ def dry_run(shape, knobs, activation_checkpointing, where='cpu', block_dtype=Non
         'gradients': sum(parameter.nbytes for parameter in trained),
         'optimizer': sum(tensor.nbytes for state in states for tensor in state.values()),
     }
-    update = memory.peak - sum(held.values())
     held['activations'] = live[0] - before
+    loss = backward_peak - sum(held.values())
     peak = max(memory.peak, backward_peak)
     held['loss etc.'] = peak - sum(held.values())
-    return held | {'peak': peak, 'update': update}
+    return held | {'peak': peak, 'loss': loss}
 
 
-def count_matrices(model, optimizer):
-    """Count the weights in the matrices of each shape that Muon trains; [0] for AdamW."""
+def matrix_groups(model, optimizer):
+    """Return the groups of matrices that Muon trains, one for each shape."""
     if optimizer != 'muon':
-        return [0]
-    groups = [group['params'] for group in parameter_groups(model, 0.0) if 'out_sizes' in group]
-    return [len(group) * group[0].numel() for group in groups]
+        return []
+    return [group for group in parameter_groups(model, 0.0) if 'out_sizes' in group]
+
+
+def own_rows(group, n_devices):
+    """Return how many matrices each device orthogonalizes, padding among them, and their size."""
+    parameters = group['params']
+    return math.ceil(len(parameters) / n_devices), parameters[0].numel()
+
+
+def update_bytes(group, n_devices, itemsize):
+    """Return what Muon.step_group() has at a time: all matrices in float32, and all updates."""
+    own, size = own_rows(group, n_devices)
+    largest = max(group['out_sizes']) / sum(group['out_sizes'])
+    # Beside the updates of all there are a device's own, to which four as large have led.
+    updates = itemsize * own * (n_devices + largest * max(1, 4 - n_devices))
+    return size * (4 * (len(group['params']) + 1) + updates)
 
 
 def shard(shape, knobs, whole, n_devices, recomputed=0):
@@ -165,14 +178,12 @@ def shard(shape, knobs, whole, n_devices, recomputed=0):
     n_around = sum(p.numel() for p in model.parameters()) - n_in_blocks
     n_in_block = n_in_blocks // shape.n_layer
     block = n_in_block * block_dtype.itemsize
-    at_the_loss = block + row['loss etc.']
+    at_the_loss = block + row['loss']
     in_a_block = 2 * block + 4 * n_in_block + 4 * model.lm_head.weight.numel() + recomputed
     needed = row['activations'] + 4 * n_around + max(at_the_loss, in_a_block)
-    # Muon has all matrices of a shape at a time, and their updates; what these take is shared.
-    n_matrices = max(count_matrices(model, knobs['optimizer']))
-    of_update = (4 + block_dtype.itemsize) * n_matrices
-    of_update += max(0, whole['update'] - 4 * n_matrices) / n_devices
-    row['loss etc.'] = max(needed, of_update) - row['activations']
+    groups = matrix_groups(model, knobs['optimizer'])
+    sizes = [update_bytes(group, n_devices, block_dtype.itemsize) for group in groups]
+    row['loss etc.'] = max([needed, *sizes]) - row['activations']
     for name in ('weights', 'gradients', 'optimizer'):
         row[name] = whole[name] / n_shards
     row['peak'] = sum(row[name] for name in COLUMNS if name != 'peak')
@@ -195,11 +206,12 @@ def traffic(model, knobs, n_devices, n_micro_steps):
     # Blocks are gathered for the forward and for the backward pass, the rest once.
     gathered = 2 * itemsize * in_blocks + 4 * around
 
-    matrices = sum(count_matrices(model, knobs['optimizer']))
-    # All devices send as many, so some send padding.
-    padding = math.ceil(model.config.n_layer / n_devices) * n_devices / model.config.n_layer
+    groups = matrix_groups(model, knobs['optimizer'])
+    matrices = sum(p.numel() for group in groups for p in group['params'])
+    # Of whoever has computed them; all devices send as many, so some send padding.
+    own_updates = itemsize * sum(math.prod(own_rows(group, n_devices)) for group in groups)
+    updates = own_updates * (n_devices - 1)
     all_sent_of = (n_devices - 1) / n_devices
-    updates = itemsize * matrices * padding * all_sent_of  # of whoever has computed them
     between = 2 * gradients / n_shards * (1 - 1 / knobs['fsdp_replicas']) + updates
     return {
         'DDP': 2 * gradients * all_sent_of + updates,
@@ -241,8 +253,11 @@ def model_shape(config, data):
         return GPTConfig(vocab_size=vocab_size, **{name: config[name] for name in names})
     if source in PUBLISHED:  # nothing is downloaded
         shape = GPTConfig(**PUBLISHED[source])
-        is_other = data and data.tokenizer.n_vocab != shape.vocab_size
-        tokenizer = tokenizers.build('gpt2') if is_other else None
+        tokenizer = None
+        if data and data.tokenizer.n_vocab != shape.vocab_size:
+            what = f'The model {source} has a vocabulary of {shape.vocab_size:,} tokens'
+            other = f'{data.datasets[0].folder} another one of {data.tokenizer.n_vocab:,}'
+            raise UserError(f'{what}, {other}: prepare the text with --tokenizer=gpt2')
     else:
         folder = find_pretrained(source, with_weights=False)
         shape = read_config(folder)
@@ -311,7 +326,7 @@ def print_size(model, data, missing, config):
     epochs = ''
     if data:
         dataset = data.describe()
-        epochs = f', {data.epochs(tokens // config["block_size"])} epochs'
+        epochs = f'\n        {data.epochs(tokens // config["block_size"])} epochs of it'
     elif config['init_from'] in OWN_MODELS:
         dataset += ": GPT-2's vocabulary is assumed"
 
@@ -434,9 +449,11 @@ def print_traffic(model, config):
         del sent['FSDP']
     if config['fsdp_replicas'] == 1:
         del sent['between groups']
-    each = ', '.join(f'{name} {n_bytes / 1e9:.3g}' for name, n_bytes in sent.items())
-    print(f'network GB sent by each device in a step: {each}')
-    network = config['plan_network']
-    if network:
-        each = ', '.join(f'{name} {n / 1e9 / network:.3g}' for name, n in sent.items())
-        print(f'        seconds at {network:g} GB/s, beside the computing: {each}')
+    title = 'network'
+    for name, n_bytes in sent.items():
+        line = f'{title:8}{name:16}{n_bytes / 1e9:>8.3g} GB sent by each device in a step'
+        if config['plan_network']:
+            seconds = n_bytes / 1e9 / config['plan_network']
+            line += f', {seconds:.3g} s'
+        print(line)
+        title = ''

@@ -11,7 +11,7 @@
 # 1 x 32 x 1,024 = 32,768 tokens per step; 200 steps = 6.6 million tokens at most, five epochs of
 # the bundled Shakespeare. Fine-tuned with dropout, GPT-2 reaches a perplexity of about 20 on
 # WikiText-2, according to the README of transformers' examples.
-# By --plan: 2.7 GiB in bfloat16 (1.4 with --freeze=6), and 3 minutes on an RTX 3090 at 40 % MFU.
+# By --plan: 3.0 GiB in bfloat16 (1.8 with --freeze=6), and 3 minutes on an RTX 3090 at 40 % MFU.
 
 init_from = 'gpt2'
 out_dir = 'out-finetune'

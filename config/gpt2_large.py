@@ -5,7 +5,7 @@
 #
 # 12 x 40 x 1,024 = 491,520 tokens per step; 600,000 steps = 295 billion tokens.
 # OpenAI's weights have a loss of 2.67 on OpenWebText, according to nanoGPT's README.
-# By --plan: 32.6 GiB per GPU in bfloat16, and 427 hours on 8 A100 at 40 % MFU.
+# By --plan: 34.4 GiB per GPU in bfloat16, and 427 hours on 8 A100 at 40 % MFU.
 
 out_dir = 'out-gpt2-large'
 

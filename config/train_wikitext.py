@@ -7,7 +7,7 @@
 # 4 x 8 x 1,024 = 32,768 tokens per step; 300,000 steps = 9.8 billion tokens at most: the run ends
 # after ten evaluations in a row without a new best. A Transformer with 125M parameters has a
 # perplexity of 18.6 there, a loss of 2.92 (Poli et al., 2023, Hyena, table 4.3).
-# By --plan: 3.8 GiB in bfloat16, and 35 hours on an RTX 4090 at 40 % MFU for all of the steps.
+# By --plan: 5.8 GiB in bfloat16, and 35 hours on an RTX 4090 at 40 % MFU for all of the steps.
 
 out_dir = 'out-wikitext'
 dataset = 'wikitext103'

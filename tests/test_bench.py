@@ -51,6 +51,7 @@ def test_a_race_is_won_when_every_seed_gets_there(sheep, run, tmp_path):
     assert row['seconds'] is None
 
 
+@pytest.mark.slow
 def test_a_step_is_measured_in_every_variant(small, run, tmp_path):
     flags = ['--variants=plain,ours', '--block_size=32', '--repeats=2', '--device=cpu']
     result = run('bench.py', 'step', *flags, '--json_file=step.json')

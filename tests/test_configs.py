@@ -6,6 +6,7 @@ import re
 import pytest
 from conftest import ROOT, TINY
 
+import tokenizer as tk
 from model import PUBLISHED
 
 OVERLAYS = {'gpt2_medium', 'gpt2_large', 'gpt2_xl'}  # of train_gpt2.py
@@ -58,6 +59,7 @@ def test_its_plan_is_what_its_comment_says(run, tmp_path, name):
     if name == 'continue_smollm2':  # which has to be downloaded
         (tmp_path / 'smollm2').mkdir()
         (tmp_path / 'smollm2' / 'config.json').write_text(json.dumps(SMOLLM2))
+        tk.save(tk.build('byte'), tmp_path / 'smollm2')  # a run refuses a model without one
         flags.append('--init_from=smollm2')
 
     result = run('train.py', *config_files(name), '--plan', '--dataset=none', *flags)

@@ -266,7 +266,7 @@ def test_two_launchers_connect_and_resume_after_one_was_lost(sheep, tmp_path):
         ),
         (
             ['--fsdp', '--dtype=float16'],
-            'fsdp=True is for torchrun, and for float32 or bfloat16.',
+            'fsdp=True is for float32 and bfloat16, not for float16.',
         ),
         (
             ['uneven.py'],
@@ -300,4 +300,4 @@ def test_one_process_takes_the_gpu_it_is_given(monkeypatch):
 def test_sharding_needs_torchrun(sheep, tmp_path):
     result = command('train.py', *FLAGS, '--fsdp', cwd=tmp_path)
     assert result.returncode == 1
-    assert result.stderr.startswith('fsdp=True is for torchrun')
+    assert result.stderr.startswith('fsdp=True is for several processes')

@@ -227,6 +227,7 @@ def test_nanogpts_two_files_are_all_there_is_beside_others(tmp_path):
     assert data.val.tolist() == val_ids.tolist()
 
 
+@pytest.mark.slow
 def test_a_folder_anywhere_is_used_by_its_path(run, shards, nanogpt, tmp_path, monkeypatch):
     moved = tmp_path / 'disk' / 'tokens'
     moved.parent.mkdir()

@@ -80,17 +80,18 @@ def trained(run, sheep, tmp_path):
     return 'é日'
 
 
+SAMPLE = ['--start=日', '--max_new_tokens=20', '--temperature=9', '--top_k=None']
 PLAN = ['--dataset=sheep', *TINY, '--max_iters=1', '--eval_only', '--plan']
 
 
 @pytest.mark.parametrize(
     ('script', 'flags'),
     [
-        ('sample.py', ['--start=日', '--max_new_tokens=20', '--temperature=9', '--top_k=None']),
         ('plot.py', []),
         ('prepare.py', ['--input=日.txt', '--tokenizer=char']),
         pytest.param('evaluate.py', [], marks=pytest.mark.slow),
         pytest.param('train.py', PLAN, marks=pytest.mark.slow),
+        pytest.param('sample.py', SAMPLE, marks=pytest.mark.slow),
     ],
 )
 def test_what_an_encoding_lacks_is_printed_as_an_escape(trained, tmp_path, script, flags):

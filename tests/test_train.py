@@ -798,6 +798,7 @@ def test_nanogpts_files_train_as_ours_of_the_same_text(run, tmp_path):
     assert not list(folder.glob('.*'))
 
 
+@pytest.mark.slow
 def test_only_gpt2_tokens_are_taken_over_from_nanogpt(run, tmp_path):
     folder = tmp_path / 'data' / 'sheep'
     folder.mkdir(parents=True)
