@@ -445,7 +445,7 @@ def print_traffic(model, config):
     n_gpus = config['plan_gpus']
     n_micro_steps = config['gradient_accumulation_steps'] // n_gpus
     sent = traffic(model, config, n_gpus, n_micro_steps)
-    if config['dtype'] == 'float16':
+    if config['dtype'] == 'float16' or n_gpus == config['fsdp_replicas']:
         del sent['FSDP']
     if config['fsdp_replicas'] == 1:
         del sent['between groups']
