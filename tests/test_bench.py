@@ -109,7 +109,7 @@ def test_preparing_is_measured_beside_tiktoken_alone(run, tmp_path, megabytes):
         ([], 'Say what to measure: python bench.py race|step|sample|prepare|data'),
         (['step', '--variants=other'], "variants='other' must be some of plain, ours"),
         (['step', '--size=gpt3'], "size='gpt3' must be one of: gpt2, gpt2-medium"),
-        (['step', '--dtype=float16'], "dtype='float16' must be one of: float32, bfloat16"),
+        (['step', '--dtype=int8'], "dtype='int8' must be one of: auto, float32, bfloat16, float16"),
         (['race', '--dataset=none', '--repeats=1'], 'data/none has no train.bin'),
         (['step', '--repeats=0'], 'repeats=0: must be from 1'),
     ],

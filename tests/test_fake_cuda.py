@@ -32,7 +32,7 @@ from model import GPT, GPTConfig
 ARCHITECTURES = ('gpt2', 'llama', 'qwen2', 'qwen3')
 DTYPES = ('float32', 'bfloat16', 'float16')
 GPU = 'cuda:0'  # with its number: torch would ask the driver which one is the current
-QUICK = [(arch, 'bfloat16') for arch in ARCHITECTURES] + [('gpt2', 'float32'), ('qwen3', 'float16')]
+QUICK = [('gpt2', 'bfloat16'), ('qwen3', 'bfloat16'), ('gpt2', 'float32'), ('qwen3', 'float16')]
 REST = [(arch, dtype) for arch in ARCHITECTURES for dtype in DTYPES if (arch, dtype) not in QUICK]
 CASES = QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in REST]
 aten = torch.ops.aten
@@ -347,7 +347,7 @@ def test_the_ledger_sees_reads_uploads_and_two_devices(gpu):
 LINEAR = ('addmm', 'mm', 'add', 'add_', 'mul', 't', 'scalar_tensor')
 
 
-@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+@pytest.mark.parametrize('dtype', ['bfloat16', pytest.param('float16', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('arch', ARCHITECTURES)
 def test_autocast_here_is_torchs_own(gpu, arch, dtype):
     """Without gradients torch's own can be had: the same kernels, dtypes and shapes."""
@@ -397,6 +397,7 @@ def train_on_gpu(sheep, run, monkeypatch, gpu):
 
         monkeypatch.setattr(gpu, 'read', read)
         monkeypatch.setattr(runtime, 'pick_device', lambda name: GPU)
+        monkeypatch.setattr('optim.check_device', lambda *args: None)  # it reads on purpose
         monkeypatch.setattr(runtime, 'synchronize', lambda device: None)
         monkeypatch.setattr(runtime, 'peak_memory_gib', lambda device: 1.0)
         monkeypatch.setattr(runtime, 'peak_flops', lambda device, dtype: None)

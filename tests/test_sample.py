@@ -112,7 +112,7 @@ def test_the_best_or_the_last_checkpoint_is_used(run, trained, tmp_path):
         ('--dtype=float64', "dtype='float64' must be one of: auto, float32, bfloat16, float16."),
         ('--checkpoint=first', "checkpoint='first' must be one of: best, last."),
         ('--device=tpu', "device='tpu' cannot be used here"),
-        ('--device=meta', 'it is none of cuda, mps and cpu'),
+        ('--device=meta', 'it is none of cuda, xpu, mps, cpu'),
         # the model
         ('--out_dir=nowhere', 'Train one with: python train.py --out_dir=nowhere'),
         ('--init_from=gpt3', 'known by name: gpt2, gpt2-medium, gpt2-large, gpt2-xl, and ORG/NAME'),

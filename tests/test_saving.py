@@ -384,7 +384,7 @@ def all_weights(folder):
     return tensors
 
 
-@pytest.mark.parametrize('flags', [[], QWEN], ids=['gpt2', 'qwen3'])
+@pytest.mark.parametrize('flags', [[], pytest.param(QWEN, marks=pytest.mark.slow)])
 def test_large_weights_become_shards_that_open_anywhere(
     run, sheep, tmp_path, monkeypatch, flags
 ):

@@ -329,7 +329,7 @@ def watched_step(arch, way, optimizer, dtype, monkeypatch):
     return collectives, expected
 
 
-@pytest.mark.parametrize('arch', SHAPES)
+@pytest.mark.parametrize('arch', ['qwen3', pytest.param('gpt2', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 @pytest.mark.parametrize('dtype', ['bfloat16', pytest.param('float32', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('way', WAYS)
@@ -538,7 +538,7 @@ def simulated_peak(shape, knobs, world_size, activation_checkpointing=False, fsd
     return held
 
 
-@pytest.mark.parametrize('world_size', [8, 64])
+@pytest.mark.parametrize('world_size', [8, pytest.param(64, marks=pytest.mark.slow)])
 def test_a_rank_holds_its_share_of_a_large_model(world_size):
     shape = GPTConfig(
         arch='llama', n_layer=4, n_head=32, n_embd=4096, intermediate_size=11008, vocab_size=32000,
