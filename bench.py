@@ -280,11 +280,7 @@ def bench_sample():
     known = ['uncached', 'ours', 'compiled', 'transformers']
     if torch_device.type == 'cuda':
         known.insert(3, 'compiled, graphs')
-    return measure_sampling(torch_device, pick_variants(torch_device, known))
-
-
-def measure_sampling(torch_device, names):
-    """Measure each variant, in turns, and print a table."""
+    names = pick_variants(torch_device, known)
     generate = {name: make_generator(name, torch_device) for name in names}
     idx = torch.randint(0, 50257, (1, prompt_tokens), device=torch_device)
     rates = {(name, n): [] for name in names for n in (64, 256)}
@@ -351,7 +347,7 @@ def to_transformers(model):
 
 # Of logits at once in the loss, see model.MAX_LOGITS.
 CHUNKS = [f'ours compiled 2**{power}' for power in (24, 26, 27, 28, 29)]
-# The rate of the first is compared with that of the second, in equally many tokens.
+# Those that need no download.
 RECIPES = ('train_gpt2', 'speedrun_gpt2', 'train_wikitext', 'wikitext_fast', 'train_tinystories')
 
 
