@@ -358,18 +358,19 @@ def _list_merges(ranks):
 
     tiktoken merges any two neighbours whose bytes together are a token, so each such pair is here.
     """
+    written = {token: _to_chars(token) for token in ranks}
     merges = []  # (id of both together, of the left, of the right, and the two as they are written)
     for token, id in ranks.items():
         for i in range(1, len(token)):
             left, right = token[:i], token[i:]
             if left in ranks and right in ranks:
-                pair = [_to_chars(left), _to_chars(right)]
+                pair = [written[left], written[right]]
                 merges.append((id, ranks[left], ranks[right], pair))
     return [pair for *_, pair in sorted(merges)]
 
 
 def _to_chars(token):
-    return ''.join(BYTE_TO_CHAR[byte] for byte in token)
+    return token.decode('latin-1').translate(BYTE_TO_CHAR)  # latin-1: a character for each byte
 
 
 def _to_bytes(token):

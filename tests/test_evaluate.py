@@ -2,15 +2,12 @@
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TEXT, losses, train
+from conftest import TEXT, in_ranks, losses, train
 from transformers import AutoModelForCausalLM
 
 import tokenizer as tk
@@ -241,15 +238,7 @@ def test_several_processes_evaluate_as_one(run, sheep, tmp_path):
     flags = ['--out_dir=out', '--dataset=sheep', '--lambada=l.jsonl', '--batch_size=2']
     flags += ['--stride=16', '--format=json', '--device=cpu']
     alone, _ = evaluate(run, *flags)
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    many = subprocess.run(
-        [*torchrun, ROOT / 'evaluate.py', *flags],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ,
-    )
+    many = in_ranks(2, 'evaluate.py', *flags, cwd=tmp_path)
     assert many.returncode == 0, many.stderr
     together = json.loads(many.stdout)
     for task in ('text', 'lambada'):

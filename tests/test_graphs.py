@@ -175,7 +175,7 @@ def test_train_py_compiles_two_graphs_and_no_more(graphs, run, sheep):
 
 
 @pytest.mark.parametrize(('dtype', 'recompute'), HALF)
-@pytest.mark.parametrize('arch', ['gpt2', 'qwen3'])
+@pytest.mark.parametrize('arch', ['qwen3', pytest.param('gpt2', marks=pytest.mark.slow)])
 def test_under_ddp_it_is_the_same_graphs(graphs, one_process, arch, dtype, recompute):
     model = make_model(arch)
     if recompute:
@@ -219,7 +219,7 @@ def check_sharded(graphs, model, dtype, blocks):
 
 
 @pytest.mark.parametrize(('dtype', 'recompute'), [*HALF, *OTHER_HALF])
-@pytest.mark.parametrize('arch', ARCHITECTURES)
+@pytest.mark.parametrize('arch', ['qwen3', pytest.param('gpt2', marks=pytest.mark.slow), LLAMA])
 def test_under_fsdp_all_blocks_are_one_graph(graphs, one_process, arch, dtype, recompute):
     model = make_model(arch)
     if recompute:

@@ -9,10 +9,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT, TINY, losses, records, same, train, weights
+from conftest import TEXT, TINY, in_ranks, losses, records, same, train, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_parallel import FLAGS, assert_same_run, torchrun
+from test_parallel import FLAGS, assert_same_run
 
 from data import Dataset, Mixture, count_windows, parse_mixture, read_windows, training_starts
 
@@ -250,7 +250,7 @@ def test_a_mixture_is_the_same_in_two_processes(run, herd, tmp_path):
     flags += ['--log_interval=1', '--eval_interval=10']
     result = run('train.py', *flags, '--out_dir=alone')
     assert result.code == 0, result.err
-    parallel = torchrun(2, *flags, cwd=tmp_path)
+    parallel = in_ranks(2, 'train.py', *flags, cwd=tmp_path)
     assert parallel.returncode == 0, parallel.stderr
     assert_same_run(tmp_path / 'alone', tmp_path / 'out', 20)
     for name in ('sheep', 'goats', 'cows'):

@@ -1,4 +1,4 @@
-"""Several processes train what one would have trained. CPU and gloo, torchrun on this machine."""
+"""Several processes train what one would have trained. CPU and gloo, on this machine."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, command, losses, records, same, weights
+from conftest import ROOT, TINY, command, in_ranks, losses, records, same, weights
 from torch.cuda._utils import _get_device_index
 
 import checkpoint
@@ -35,7 +35,7 @@ def start_torchrun(processes, *args, cwd, launcher=('--standalone',)):
 
 
 def torchrun(processes, *args, cwd):
-    """Run train.py in several processes to its end."""
+    """Run train.py in several processes to its end, started by torchrun."""
     process = start_torchrun(processes, *args, cwd=cwd)
     try:
         out, err = process.communicate(timeout=300)
@@ -58,11 +58,10 @@ def assert_same_run(a, b, step):
     assert losses(a) == pytest.approx(losses(b), abs=1e-6)
 
 
-@pytest.fixture
-def alone(sheep, tmp_path):
-    """50 steps in one process."""
-    result = command('train.py', *FLAGS, '--max_iters=50', '--out_dir=alone', cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+def train_alone(run, tmp_path, *flags):
+    """Train in one process. Returns the folder of the run."""
+    result = run('train.py', *FLAGS, '--out_dir=alone', *flags)
+    assert result.code == 0, result.err
     return tmp_path / 'alone'
 
 
@@ -81,8 +80,9 @@ def alone(sheep, tmp_path):
         pytest.param(4, ['--fsdp', '--fsdp_replicas=2'], marks=pytest.mark.slow),
     ],
 )
-def test_many_processes_train_what_one_does(alone, tmp_path, processes, more):
-    result = torchrun(processes, *FLAGS, '--max_iters=50', *more, cwd=tmp_path)
+def test_many_processes_train_what_one_does(run, sheep, tmp_path, processes, more):
+    alone = train_alone(run, tmp_path, '--max_iters=50')
+    result = in_ranks(processes, 'train.py', *FLAGS, '--max_iters=50', *more, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert_same_run(alone, tmp_path / 'out', 50)
     assert f' x {processes} processes' in result.stdout
@@ -93,19 +93,18 @@ def test_many_processes_train_what_one_does(alone, tmp_path, processes, more):
     assert rate['tokens_per_second'] > of_all_processes
 
 
-def test_many_processes_share_the_work_of_muon_whole_or_sharded(sheep, tmp_path):
+def test_many_processes_share_the_work_of_muon_whole_or_sharded(run, sheep, tmp_path):
     flags = [*FLAGS, '--arch=qwen3', '--n_kv_head=1', '--optimizer=muon', '--weight_decay=0.1']
     flags += ['--log_interval=1']
-    alone = command('train.py', *flags, '--max_iters=20', '--out_dir=alone', cwd=tmp_path)
-    assert alone.returncode == 0, alone.stderr
+    alone = train_alone(run, tmp_path, *flags, '--max_iters=20')
     for steps, more in ((10, []), (20, ['--fsdp'])):
         until = [f'--max_iters={steps}', '--lr_decay_iters=20', '--init_from=auto']
-        result = torchrun(2, *flags, *more, *until, cwd=tmp_path)
+        result = in_ranks(2, 'train.py', *flags, *more, *until, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
-    assert_close(weights(tmp_path / 'out', 20), weights(tmp_path / 'alone', 20))
+    assert_close(weights(tmp_path / 'out', 20), weights(alone, 20))
     logged = losses(tmp_path / 'out', 'loss')
     assert list(logged) == list(range(1, 21))
-    assert logged == pytest.approx(losses(tmp_path / 'alone', 'loss'), abs=1e-5)
+    assert logged == pytest.approx(losses(alone, 'loss'), abs=1e-5)
 
 
 @pytest.mark.slow
@@ -131,11 +130,11 @@ def test_frozen_blocks_are_frozen_in_every_process(sheep, tmp_path, more):
     assert_same_run(tmp_path / 'alone', tmp_path / 'out', 20)
 
 
-def test_dropout_does_not_depend_on_the_number_of_processes(sheep, tmp_path):
+def test_dropout_does_not_depend_on_the_number_of_processes(run, sheep, tmp_path):
     flags = [*FLAGS, '--dropout=0.2', '--max_iters=10', '--log_interval=1']
-    assert command('train.py', *flags, '--out_dir=alone', cwd=tmp_path).returncode == 0
+    alone = train_alone(run, tmp_path, *flags)
     assert torchrun(2, *flags, cwd=tmp_path).returncode == 0
-    assert_same_run(tmp_path / 'alone', tmp_path / 'out', 10)
+    assert_same_run(alone, tmp_path / 'out', 10)
 
 
 # -----------------------------------------------------------------------------
@@ -143,7 +142,8 @@ def test_dropout_does_not_depend_on_the_number_of_processes(sheep, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_resumes_with_another_number_of_processes(alone, tmp_path):
+def test_a_run_resumes_with_another_number_of_processes(run, sheep, tmp_path):
+    alone = train_alone(run, tmp_path, '--max_iters=50')
     for processes, steps, more in ((1, 20, []), (4, 30, []), (2, 40, ['--fsdp']), (1, 50, [])):
         flags = [*FLAGS, *more, f'--max_iters={steps}', '--lr_decay_iters=50', '--init_from=auto']
         result = torchrun(processes, *flags, cwd=tmp_path)
@@ -259,14 +259,19 @@ def test_two_launchers_connect_and_resume_after_one_was_lost(sheep, tmp_path):
             ['--gradient_accumulation_steps=3'],
             'gradient_accumulation_steps=3 cannot be divided over 2 processes: use 2 or 4.',
         ),
-        (['--gradient_accumulation_steps=1'], 'cannot be divided over 2 processes: use 2.'),
-        (
+        pytest.param(
+            ['--gradient_accumulation_steps=1'], 'cannot be divided over 2 processes: use 2.',
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             ['--backend=nccl'],
             "backend='nccl' needs CUDA, and the device is cpu: use --backend=gloo.",
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             ['--fsdp', '--dtype=float16'],
             'fsdp=True is for float32 and bfloat16, not for float16.',
+            marks=pytest.mark.slow,
         ),
         (
             ['uneven.py'],
@@ -297,7 +302,7 @@ def test_one_process_takes_the_gpu_it_is_given(monkeypatch):
     assert given == [1], 'torch takes no name without a number'
 
 
-def test_sharding_needs_torchrun(sheep, tmp_path):
-    result = command('train.py', *FLAGS, '--fsdp', cwd=tmp_path)
-    assert result.returncode == 1
-    assert result.stderr.startswith('fsdp=True is for several processes')
+def test_sharding_needs_torchrun(run, sheep):
+    result = run('train.py', *FLAGS, '--fsdp')
+    assert result.is_one_sentence
+    assert result.err.startswith('fsdp=True is for several processes')

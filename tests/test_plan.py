@@ -37,11 +37,11 @@ WIDE = BASE | {'n_layer': 8, 'n_embd': 512, 'block_size': 64}
 RUNS = {
     'mostly activations': DEEP | {'batch_size': 4},
     'half of the weights': WIDE | {'n_embd': 384, 'freeze': 4},
+}
+LARGE_RUNS = {
     'muon, recomputed': DEEP
     | {'arch': 'qwen3', 'activation_checkpointing': True, 'gradient_accumulation_steps': 2}
     | {'batch_size': 4, 'optimizer': 'muon'},
-}
-LARGE_RUNS = {
     'mostly activations': DEEP,
     'mostly weights': WIDE,
     'recomputed': DEEP

@@ -394,9 +394,17 @@ def test_many_tiny_files(run, tmp_path, many):
     )
 
 
-@pytest.mark.parametrize(('word', 'kind'), [('a word and ', 'gpt2'), ('x', 'byte')])
-def test_a_single_line_of_10_megabytes(run, tmp_path, word, kind):
-    text = word * (10**7 // len(word))
+@pytest.mark.parametrize(
+    ('word', 'kind', 'megabytes'),
+    [
+        ('a word and ', 'gpt2', 2),
+        ('x', 'byte', 2),
+        pytest.param('a word and ', 'gpt2', 10, marks=pytest.mark.slow),
+        pytest.param('x', 'byte', 10, marks=pytest.mark.slow),
+    ],
+)
+def test_a_single_line_of_megabytes(run, tmp_path, word, kind, megabytes):
+    text = word * (megabytes * 10**6 // len(word))
     (tmp_path / 'x.txt').write_text(text)
     result = run('prepare.py', '--input=x.txt', f'--tokenizer={kind}')
     assert result.code == 0, result.err
@@ -563,7 +571,11 @@ def write_a_long_text(tmp_path, repeat):
 
 
 @pytest.mark.parametrize(
-    ('number', 'status'), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)]
+    ('number', 'status'),
+    [
+        (signal.SIGINT, -signal.SIGINT),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+    ],
 )
 def test_interrupted_it_goes_on_to_the_same_bytes(tmp_path, number, status):
     write_a_long_text(tmp_path, 3000)

@@ -15,13 +15,23 @@ from model import GPT, GPTConfig, sample_next
 RULER = '-' * 80
 
 
+@pytest.fixture(scope='module')
+def kept(tmp_path_factory):
+    """A folder for what is made once for all tests of this file."""
+    return tmp_path_factory.mktemp('kept') / 'folder'
+
+
 @pytest.fixture
-def trained(run, tmp_path):
+def trained(run, tmp_path, kept):
     """A run of a char model that knows a to z, space and line end."""
+    if kept.exists():
+        shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
+        return
     (tmp_path / 'fox.txt').write_text('the quick brown fox jumps over the lazy dog\n' * 40)
     assert run('prepare.py', '--input=fox.txt', '--tokenizer=char').code == 0
     flags = ['--max_iters=60', '--learning_rate=1e-2', '--eval_interval=30', '--batch_size=16']
     assert run('train.py', '--dataset=fox', *TINY, *flags).code == 0
+    shutil.copytree(tmp_path, kept)
 
 
 def sample(run, *args):

@@ -15,6 +15,10 @@ SCRIPTS = ('prepare', 'train', 'sample', 'evaluate', 'plot', 'bench')
 ENCODINGS = ('ascii', 'latin-1:strict')
 
 
+def slowly(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def printing(encoding):
     """An environment in which Python prints in this encoding."""
     return os.environ | {'PYTHONIOENCODING': encoding}
@@ -45,7 +49,7 @@ def test_a_shells_background_job_is_not_ended_by_ctrl_c(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('number', 'status'), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)]
+    ('number', 'status'), [slowly(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)]
 )
 def test_an_interrupted_benchmark_leaves_no_files(tmp_path, number, status):
     line = [sys.executable, str(ROOT / 'bench.py'), 'prepare', '--corpus_mb=100']
@@ -62,7 +66,7 @@ def test_an_interrupted_benchmark_leaves_no_files(tmp_path, number, status):
 # terminals
 
 
-@pytest.mark.parametrize('encoding', ENCODINGS)
+@pytest.mark.parametrize('encoding', ['ascii', slowly('latin-1:strict')])
 def test_a_sample_that_cannot_be_shown_ends_no_training(sheep, tmp_path, encoding):
     flags = [*TINY, '--dataset=sheep', '--max_iters=2', '--eval_interval=2', '--sample_interval=1']
     flags += ['--sample_prompt=日', '--out_dir=é日']
@@ -89,9 +93,9 @@ PLAN = ['--dataset=sheep', *TINY, '--max_iters=1', '--eval_only', '--plan']
     [
         ('plot.py', []),
         ('prepare.py', ['--input=日.txt', '--tokenizer=char']),
-        pytest.param('evaluate.py', [], marks=pytest.mark.slow),
-        pytest.param('train.py', PLAN, marks=pytest.mark.slow),
-        pytest.param('sample.py', SAMPLE, marks=pytest.mark.slow),
+        slowly('evaluate.py', []),
+        slowly('train.py', PLAN),
+        slowly('sample.py', SAMPLE),
     ],
 )
 def test_what_an_encoding_lacks_is_printed_as_an_escape(trained, tmp_path, script, flags):
@@ -108,7 +112,7 @@ def test_what_an_encoding_lacks_is_printed_as_an_escape(trained, tmp_path, scrip
         assert result.stdout == as_shown
 
 
-@pytest.mark.parametrize('encoding', ['utf-8', *ENCODINGS])
+@pytest.mark.parametrize('encoding', ['ascii', slowly('utf-8'), slowly('latin-1:strict')])
 def test_jsonl_is_json_in_every_encoding(trained, tmp_path, encoding):
     flags = [f'--out_dir={trained}', '--start=é日😀', '--max_new_tokens=9', '--format=jsonl']
     result = command('sample.py', *flags, cwd=tmp_path, env=printing(encoding))
