@@ -36,7 +36,7 @@ from model import GPT, MAX_FILE, MAX_LOGITS, PUBLISHED, GPTConfig, find_pretrain
 from optim import freeze, make_optimizers, parameter_groups
 from parallel import check_division
 from report import duration
-from runtime import GPUS, UserError, keep_freed_memory, make_autocast
+from runtime import GPUS, UserError, keep_freed_memory, make_autocast, peak_memory_gib
 
 # The columns of the table of memory, and their widths.
 COLUMNS = {
@@ -298,8 +298,8 @@ def print_plan(config):
     saved = held['weights'] + held['optimizer']
     room = memory_of_this_machine() if gpu == 'CPU' else GPUS[gpu][1]
     fits = held['peak'] < room * 2**30
-    print_time(model, config, fits)
-    print_memory(rows, config, room)
+    measured_gib = print_time(model, config, fits)
+    print_memory(rows, config, room, measured_gib)
     if config['plan_gpus'] > 1:
         print_traffic(model, config)
     at_most = (config['keep_last'] + 2) * saved / 1e9  # with the best, and the one being written
@@ -340,22 +340,27 @@ def print_size(model, data, missing, config):
 
 
 def print_time(model, config, fits):
-    """Print the hours of a run, and what they cost. fits: whether one device holds the model."""
+    """Print the hours of a run, and what they cost. Returns the GiB of what was timed, or None.
+
+    fits: whether one device holds the model.
+    """
     gpu = config['plan_gpu']
     n_gpus = config['plan_gpus']
     tokens_per_step = config['batch_size'] * config['gradient_accumulation_steps']
     tokens = config['max_iters'] * tokens_per_step * config['block_size']
+    measured_gib = None
     if gpu == 'CPU':
         if not fits:
             print('time    not measured: the model does not fit into memory')
-            return
-        seconds = config['max_iters'] * time_step(model.config, config) / n_gpus
+            return None
+        seconds_per_step, measured_gib = time_step(model.config, config)
+        seconds = config['max_iters'] * seconds_per_step / n_gpus
         how = 'this machine, of which a micro-step was timed'
         if n_gpus > 1:
             how = f'{n_gpus} machines like this one, of which a micro-step was timed'
     elif config['dtype'] == 'float32' and DTYPES.get(gpu) != 'float32':
         print(f"time    not known: {gpu}'s peak is one in 16 bits, and dtype is float32")
-        return
+        return None
     else:
         peak_tflops, _ = GPUS[gpu]
         flops = tokens * model.flops_per_token(config['block_size'])
@@ -366,11 +371,17 @@ def print_time(model, config, fits):
         price = config['plan_price']
         total = price * n_gpus * seconds / 3600
         print(f'price   {total:,.2f} at {price:g} per device and hour')
+    return measured_gib
 
 
 def time_step(shape, config):
-    """Return the seconds of a step on this machine, by one micro-step and one update."""
+    """Return the seconds of a step on this machine, and the GiB that it adds to the process.
+
+    Micro-steps and updates are timed, for some five seconds where they are short.
+    """
     keep_freed_memory()
+    torch.nn.Linear(256, 256)(torch.ones(256, 256)).sum().backward()  # torch loads more of itself
+    before = peak_memory_gib('cpu')
     model = GPT(shape)
     optimizers = make_training(model, config)
     idx = torch.randint(shape.vocab_size, (config['batch_size'], config['block_size']))
@@ -387,14 +398,18 @@ def time_step(shape, config):
         started = time.perf_counter()
         for optimizer in optimizers:
             optimizer.step()
+            optimizer.zero_grad()
         return time.perf_counter() - started
 
     micro_step(idx[:1])  # the first ones are slower
     update()
-    seconds = micro_step(idx)
-    if seconds < 1:  # so short a time varies
-        seconds = statistics.median(micro_step(idx) for _ in range(5))
-    return config['gradient_accumulation_steps'] * seconds + update()
+    started = time.perf_counter()
+    micro_steps, updates = [], []
+    while not updates or (time.perf_counter() < started + 5 and len(updates) < 20):
+        micro_steps.append(micro_step(idx))
+        updates.append(update())
+    seconds = config['gradient_accumulation_steps'] * statistics.median(micro_steps)
+    return seconds + statistics.median(updates), peak_memory_gib('cpu') - before
 
 
 def memory_rows(model, config):
@@ -423,8 +438,8 @@ def memory_of_this_machine():
     return round(n_bytes / 2**30, 1)
 
 
-def print_memory(rows, config, room):
-    """Print the table of memory. room: GiB of a device."""
+def print_memory(rows, config, room, measured_gib=None):
+    """Print the table of memory. room: GiB of a device. measured_gib: see print_time()."""
     gpu = config['plan_gpu']
     unit, size = 'GiB', 2**30
     if max(row['peak'] for row in rows.values()) < 2**30:
@@ -435,6 +450,9 @@ def print_memory(rows, config, room):
     for name, row in rows.items():
         cells = ''.join(f'{row[key] / size:>{width}.2f}' for key, width in COLUMNS.items())
         print(f'        {name:16}{cells}')
+    if measured_gib:
+        measured = f'{measured_gib * 2**30 / size:.2f}'
+        print(f'        {measured} when it was timed, with the freed memory that is kept')
     too_large = [name for name, row in rows.items() if row['peak'] > room * 2**30]
     if too_large:
         print(f'        too much for {gpu}: {", ".join(too_large)}')

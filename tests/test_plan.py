@@ -388,6 +388,7 @@ def test_this_cpu_is_timed(sheep, run):
     assert result.code == 0, result.err
     assert ' on this machine, of which a micro-step was timed, ' in result.out
     assert 'float32, not compiled; CPU has ' in result.out
+    assert re.search(r'\n {8}[\d.]+ when it was timed, with the freed memory', result.out)
     assert not [line for line in result.out.splitlines() if len(line) > 80]
 
 
