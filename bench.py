@@ -1,5 +1,7 @@
 """How fast is it, on this machine, compared with what. Only figures of one run are comparable.
 
+    python bench.py compare A.py B.py         # is B better than A: five seeds each, and a test
+    python bench.py compare A.py --grid=n_layer:2,3
     python bench.py race                      # seconds to equal loss: our recipe and nanoGPT's, CPU
     python bench.py step                      # one training step of GPT-2 124M, random weights
     python bench.py sample                    # GPT-2 124M generates one sequence
@@ -13,6 +15,7 @@ from runtime import UserError, pick_device, synchronize
 
 runtime.begin_script()  # first, so that Ctrl-C ends the imports as well: they take seconds
 
+import itertools
 import json
 import math
 import random
@@ -44,8 +47,11 @@ arch: Literal['gpt2', 'qwen3', 'llama'] = 'gpt2'  # its architecture
 batch_size: int | None = None  # step, data: sequences per batch; None: 16 on a GPU, else 1
 block_size = 1024  # step, data: tokens per sequence
 prompt_tokens = 8  # sample: length of the prompt
+seeds = 5  # compare: how many of them each recipe is trained with
+grid: str | None = None  # compare: values of A's knobs, all with all: 'n_layer:2,3;dropout:0,0.1'
 repeats = 3  # each figure is the median of this many; race: the number of seeds
-dataset = 'shakespeare_char'  # race: what it is run on
+dataset: str | None = None  # compare, race: what is trained on; None: the recipe's own
+eval_interval: int | None = None  # compare: steps between evaluations; None: the recipe's own
 baseline = 'config/baseline_shakespeare_char.py'  # race: the recipe that sets the loss to reach
 recipe = 'config/train_shakespeare_char.py'  # race: the recipe that has to reach it
 device = 'auto'  # 'cuda', 'xpu', 'mps', 'cpu'; 'auto' takes the first there is
@@ -101,6 +107,131 @@ def medians(rows):
 
 
 # -----------------------------------------------------------------------------
+# compare
+
+CERTAIN = 0.01  # p below which a difference is claimed: of a hundred that are none, one is
+
+
+def bench_compare():
+    """Train recipes in turns, with the same seeds, and say which differ by more than chance.
+
+    Losses are compared by Welch's test. What a recipe takes to the loss of the first is compared
+    seed by seed, by the t-test of the logarithm of the ratio.
+    """
+    candidates = list_candidates()
+    runs = {name: [] for name in candidates}  # {name: the evaluations of each seed}
+    turns = [(seed, name) for seed in range(1, seeds + 1) for name in candidates]
+    for seed, name in runtime.show_progress(turns, 'training'):
+        path, flags = candidates[name]
+        evals = train_evals(path, seed, *flags)
+        runs[name].append(evals)
+    width = max(map(len, runs))
+    print(f'{"":{width}}{"loss":>9}{"+-":>8}{"bits per byte":>15}{"steps":>8}{"seconds":>9}')
+    rows = {name: summarize_runs(of_seeds) for name, of_seeds in runs.items()}
+    for name, row in rows.items():
+        print(f'{name:{width}}{row["loss"]:>9.4f}{row["spread"]:>8.4f}{row["bits"]:>15.4f}', end='')
+        print(f'{row["steps"]:>8,}{row["seconds"]:>9.1f}')
+    first, *others = runs
+    print(f'\nmeans of {seeds} seeds; +- is their standard deviation')
+    results = {name: compare_with(runs[first], runs[name]) for name in others}
+    for name, result in results.items():
+        print(say_difference(first, name, result))
+    return {'runs': rows, 'differences': results}
+
+
+def list_candidates():
+    """Return what is to be compared: {name: (path of the config file, flags)}."""
+    if grid is None:
+        if len(_files) < 2:
+            raise UserError('Name two recipes, or one and a grid: bench.py compare A.py B.py')
+        paths = [find_config(name) for name in _files]
+        names = [f'{number} {name}' for number, name in enumerate(_files, 1)]  # the same, maybe
+        return {name: (path, []) for name, path in zip(names, paths, strict=True)}
+    if len(_files) != 1:
+        raise UserError('A grid is one of a single recipe: bench.py compare A.py --grid=...')
+    axes = []
+    for part in grid.split(';'):
+        knob, colon, values = part.partition(':')
+        if not colon or not values:
+            raise UserError(f"grid='{grid}' is written knob:value,value;knob:value,value")
+        axes.append([f'--{knob}={value}' for value in values.split(',')])
+    path = find_config(_files[0])
+    points = [list(point) for point in itertools.product(*axes)]
+    return {' '.join(point).replace('--', ''): (path, point) for point in points}
+
+
+def summarize_runs(runs):
+    """Return the means of the last evaluations of a recipe's runs, and the spread of their loss."""
+    last = [evals[-1] for evals in runs]
+    losses = [record['val_loss'] for record in last]
+    return {
+        'loss': statistics.mean(losses),
+        'spread': statistics.stdev(losses) if len(losses) > 1 else math.nan,
+        'bits': statistics.mean(record['bits_per_byte'] for record in last),
+        'steps': round(statistics.mean(record['step'] for record in last)),
+        'seconds': statistics.mean(record['train_seconds'] for record in last),
+    }
+
+
+def compare_with(baseline, runs):
+    """Compare the runs of a recipe with those of the first one: differences, intervals and p."""
+    try:
+        from scipy import stats
+    except ImportError:
+        raise UserError('Comparing needs scipy: pip install scipy') from None
+    losses = [[evals[-1]['val_loss'] for evals in of_recipe] for of_recipe in (baseline, runs)]
+    result = {'loss_p': 1.0, 'loss_ratio': statistics.mean(losses[1]) / statistics.mean(losses[0])}
+    if losses[0] != losses[1]:  # else there is nothing to test
+        result['loss_p'] = float(stats.ttest_ind(*losses, equal_var=False).pvalue)
+    for field in ('train_seconds', 'step'):
+        ratios = []
+        for first, second in zip(baseline, runs, strict=True):
+            reached = first_reaching(second, first[-1]['val_loss'], field)
+            ratios.append(math.log(first[-1][field] / reached) if reached else None)
+        result[field] = None
+        if None not in ratios and len(set(ratios)) > 1:
+            test = stats.ttest_1samp(ratios, 0)
+            low, high = test.confidence_interval(1 - CERTAIN)
+            middle = statistics.mean(ratios)
+            of_it = {'speedup': math.exp(middle), 'from': math.exp(low), 'to': math.exp(high)}
+            result[field] = of_it | {'p': float(test.pvalue)}
+    return result
+
+
+def first_reaching(evals, target, field):
+    """Return the seconds or steps at which a run first has a loss, between evaluations; or None."""
+    before = None
+    for record in evals:
+        if record['val_loss'] <= target:
+            if before is None:
+                return record[field]
+            fraction = (before['val_loss'] - target) / (before['val_loss'] - record['val_loss'])
+            return before[field] + fraction * (record[field] - before[field])
+        before = record
+    return None
+
+
+def say_difference(first, name, result):
+    """Return a sentence on how a recipe differs from the first."""
+    said = []
+    if result['loss_p'] < CERTAIN:
+        change = abs(1 - result['loss_ratio'])
+        word = 'lower' if result['loss_ratio'] < 1 else 'higher'
+        said.append(f'has a {change:.1%} {word} loss (p = {result["loss_p"]:.2g})')
+    for field, what in (('train_seconds', 'seconds'), ('step', 'steps')):
+        speed = result[field]
+        if speed and speed['p'] < CERTAIN:
+            span = f'{speed["from"]:.2f} to {speed["to"]:.2f}'
+            said.append(
+                f"takes 1/{speed['speedup']:.2f} of the {what} to the first's loss "
+                f'({1 - CERTAIN:.0%}: {span}, p = {speed["p"]:.2g})'
+            )
+    if not said:
+        return f'{name}: no difference from {first} shown.'
+    return f'{name} {", ".join(said)}.'
+
+
+# -----------------------------------------------------------------------------
 # race
 
 
@@ -112,7 +243,7 @@ def bench_race():
     """
     baseline_path = find_config(baseline)
     recipe_path = find_config(recipe)
-    print(f'{recipe} against {baseline} on {dataset}')
+    print(f'{recipe} against {baseline}')
     print_race_row('', 'baseline:', 'recipe:', 'time to', '')
     print_race_row('seed', 'final loss, time', 'final loss, time', "baseline's loss", 'speedup')
     rows = []
@@ -150,9 +281,17 @@ def find_config(name):
 
 def train(config, seed, *flags):
     """Train with a config file. Returns [(validation loss, seconds of training)], in order."""
-    records = run_training(config, f'--dataset={dataset}', f'--seed={seed}', *flags)
-    evals = [record for record in records if 'val_loss' in record and record['step'] > 0]
+    evals = train_evals(config, seed, *flags)
     return [(record['val_loss'], record['train_seconds']) for record in evals]
+
+
+def train_evals(config, seed, *flags):
+    """Train with a config file. Returns the records of the evaluations after the first."""
+    for name, value in {'dataset': dataset, 'eval_interval': eval_interval}.items():
+        if value is not None:
+            flags = (f'--{name}={value}', *flags)
+    records = run_training(config, f'--seed={seed}', *flags)
+    return [record for record in records if 'val_loss' in record and record['step'] > 0]
 
 
 def run_training(config, *flags):
@@ -185,7 +324,7 @@ def measure_steps(torch_device, names, repeats):
     ceiling = matmul_flops(torch_device, precision)
     results = {name: [] for name in names}
     for _ in range(repeats):
-        for name in names:  # in turns, since a machine's speed drifts
+        for name in runtime.show_progress(names, 'timing a step'):  # in turns: speeds drift
             # Each in a process of its own, since a process keeps memory that it has had.
             arguments = json.dumps([name, str(torch_device), precision, rows, shape])
             printed = run_python(name, __file__, 'measure_step', arguments)
@@ -285,11 +424,11 @@ def bench_sample():
     idx = torch.randint(0, 50257, (1, prompt_tokens), device=torch_device)
     rates = {(name, n): [] for name in names for n in (64, 256)}
     with torch.inference_mode():
-        for name, n in rates:
+        for name, n in runtime.show_progress(rates, 'warming up'):
             n_warmup = n if 'compiled' in name else 8  # it is compiled for each length
             generate[name](idx, n_warmup)
         for _ in range(repeats):
-            for name, n in rates:  # in turns, since a machine's speed drifts
+            for name, n in runtime.show_progress(rates, 'sampling'):  # in turns: speeds drift
                 rates[name, n].append(n / seconds_of(torch_device, generate[name], idx, n))
 
     figures = {f'{name} {n}': statistics.median(values) for (name, n), values in rates.items()}
@@ -503,7 +642,7 @@ def bench_data():
 
 BENCHMARKS = {
     'race': bench_race, 'step': bench_step, 'sample': bench_sample, 'prepare': bench_prepare,
-    'data': bench_data, 'gpu': bench_gpu,
+    'data': bench_data, 'gpu': bench_gpu, 'compare': bench_compare,
 }  # fmt: skip
 
 _args = sys.argv[1:]
@@ -515,8 +654,12 @@ if '--help' in _args or '-h' in _args:
 if not _args or _args[0] not in BENCHMARKS:
     sys.exit(f'Say what to measure: python bench.py {"|".join(BENCHMARKS)}')
 
-configure(globals(), _args[1:])
-check_range(globals(), 1, 10**6, 'repeats prompt_tokens batch_size block_size corpus_mb')
+_files = []  # of recipes to compare, which are no config files of this script
+if _args[0] == 'compare':
+    _files = [arg for arg in _args[1:] if not arg.startswith('--')]
+configure(globals(), [arg for arg in _args[1:] if arg not in _files])
+check_range(globals(), 1, 10**6, 'seeds eval_interval repeats prompt_tokens batch_size')
+check_range(globals(), 1, 10**6, 'block_size corpus_mb')
 runtime.raise_on_signals()  # so that temporary files are removed
 figures = BENCHMARKS[_args[0]]()
 if json_file:

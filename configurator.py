@@ -7,7 +7,8 @@ In a script, after the last knob:
     config = configure(globals())  # {name: value}, the effective knobs
 
 A config file is Python, run over the knobs (so it can compute with them): run only files you trust.
-Files and flags are taken in the order they are written, and later wins. A name that is not a knob
+Files and flags are taken in the order they are written, and later wins; a file sees all flags,
+those behind it as well, so that it can compute with them. A name that is not a knob
 is an error, so is a value of another type than the default's; names that begin with `_` are a
 file's own scratch variables. Whatever is wrong ends the script with one sentence and status 1.
 """
@@ -36,7 +37,8 @@ OTHER_NAMES = {
     'start': 'prompt', 'sample_prompt': 'prompt', 'max_new_tokens': 'max_length length',
     'init_from': 'model model_name checkpoint ckpt', 'init_from=resume': 'resume continue',
     'out_dir': 'output save_dir', 'input': 'data file path', 'dataset': 'data data_dir',
-    'max_iters': 'steps max_steps num_steps', 'max_iters, in steps': 'epochs num_epochs max_epochs',
+    'max_iters': 'steps max_steps num_steps', 'max_epochs': 'epochs num_epochs num_train_epochs',
+    'max_minutes': 'minutes max_time time_limit',
     'block_size': 'context context_length seq_len max_seq_len max_length', 'batch_size': 'bs',
     'learning_rate': 'lr', 'n_layer': 'depth', 'n_embd': 'dim width', 'eval_interval': 'save_every',
 }  # fmt: skip
@@ -68,11 +70,15 @@ def configure(script, args=None):
         _print_help(script, knobs, accepted)
         sys.exit(0)
 
+    flags = {}  # of the whole command line
+    for arg in [arg for arg in args if arg.startswith('--')]:
+        known = {name: v for name, v in _read_flag(arg, knobs, accepted).items() if name in knobs}
+        flags.update({name: _checked(arg, name, v, accepted[name]) for name, v in known.items()})
     for arg in args:
         if arg.startswith('--'):
             given = _read_flag(arg, knobs, accepted)
         else:
-            given = _run_config_file(arg, knobs, accepted)
+            given = _run_config_file(arg, knobs, accepted, flags)
         source = arg.partition('=')[0]
         for name, value in given.items():
             if name in NANOGPT_ONLY:
@@ -187,8 +193,11 @@ def _refuse_yaml(path, source, knobs, accepted):
             raise UserError(f'{path}: {name}: {text} is not Python: write {name} = {value!r}.')
 
 
-def _run_config_file(path, knobs, accepted):
-    """Return {name: value} of what a config file sets. It sees the knobs as they are so far."""
+def _run_config_file(path, knobs, accepted, flags):
+    """Return {name: value} of what a config file sets.
+
+    It sees the knobs as they are so far, and as flags set them that come later.
+    """
     if path.lower().endswith(tuple(OTHER_FORMATS.split())):
         example = 'Config files are Python: batch_size = 4.'
         raise UserError(f'{path} is not a config file: flags are written --name=value. {example}')
@@ -200,7 +209,8 @@ def _run_config_file(path, knobs, accepted):
         raise UserError(f'The config file {path} cannot be read as UTF-8 text: {error}') from None
 
     _refuse_yaml(path, source, knobs, accepted)
-    variables = {**knobs, '__file__': path, '__name__': 'config'}
+    seen = {**knobs, **flags}
+    variables = {**seen, '__file__': path, '__name__': 'config'}
     try:
         exec(compile(source, path, 'exec'), variables)
     except (Exception, SystemExit) as error:  # whatever the user's code raises
@@ -211,7 +221,7 @@ def _run_config_file(path, knobs, accepted):
 
     changed = {}
     for name, value in variables.items():
-        if name.startswith('_') or (name in knobs and knobs[name] is value):
+        if name.startswith('_') or (name in seen and seen[name] is value):
             continue  # a scratch variable, or as it was
         if name not in knobs and (callable(value) or isinstance(value, types.ModuleType)):
             continue  # what a file imports or defines for itself

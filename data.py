@@ -443,6 +443,11 @@ class Mixture:
         pairs = zip(self.shares, self.n_windows, strict=True)
         return ' and '.join(f'{float(n * share / n_windows):,.2f}' for share, n_windows in pairs)
 
+    def steps(self, epochs, windows_per_step):
+        """In how many steps the dataset with the largest share is gone through so often."""
+        n_windows = epochs * self.n_windows[0] / float(self.shares[0])
+        return max(1, round(n_windows / windows_per_step))
+
     def training_windows(self, first, count):
         """The windows at positions first to first + count - 1 of a run, (count, 2) int64.
 

@@ -11,13 +11,12 @@ from types import MethodType
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import checkpoint
 import tokenizer as tokenizers
 from data import count_windows, get_batch
 from model import GPT, IGNORE, Linear, find_pretrained
-from runtime import UserError, to_device
+from runtime import UserError, show_progress, to_device
 
 # -----------------------------------------------------------------------------
 # load
@@ -232,7 +231,8 @@ def evaluate_loss(model, tokens, block_size, batch_size, autocast=None, stride=N
 
     was_training = model.training
     model.eval()
-    for first_of_all in range(0, n_windows, parallel.world_size * batch_size):
+    starts = range(0, n_windows, parallel.world_size * batch_size)
+    for first_of_all in show_progress(starts, 'evaluating', parallel.rank > 0):
         start = first_of_all + parallel.rank * batch_size
         # FSDP wants the same calls in every process, so one that has no window left takes one past
         # the end, without targets.
@@ -259,6 +259,21 @@ def evaluate_loss(model, tokens, block_size, batch_size, autocast=None, stride=N
     return nats, int(n_targets)
 
 
+def evaluate_mixture(model, data, batch_size, autocast):
+    """Measure the loss of all validation tokens of a Mixture together. Returns {name: figure}."""
+    results = []  # of each dataset, (nats, number of targets)
+    for each in data.datasets:
+        results.append(evaluate_loss(model, each.val, data.block_size, batch_size, autocast))
+    loss = sum(nats for nats, _ in results) / sum(n_targets for _, n_targets in results)
+    figures = {'val_loss': loss}
+    if len(results) > 1:
+        for name, (nats, n_targets) in zip(data.names, results, strict=True):
+            figures[f'val_loss/{name}'] = nats / n_targets
+    figures['perplexity'] = perplexity(loss)
+    figures['bits_per_byte'] = loss / math.log(2) / data.bytes_per_token('val')
+    return figures
+
+
 @torch.no_grad()
 def log_likelihoods(model, requests, batch_size, autocast=None):
     """Score continuations of contexts: (n, 2) float64.
@@ -277,8 +292,7 @@ def log_likelihoods(model, requests, batch_size, autocast=None):
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
     own_batches = batches[parallel.rank :: parallel.world_size]
-    no_bar = True if parallel.rank else None  # None: where stderr is not a terminal
-    for batch in tqdm(own_batches, ncols=80, leave=False, disable=no_bar):
+    for batch in show_progress(own_batches, 'scoring', parallel.rank > 0):
         x, y = _pad_requests([requests[i] for i in batch], model.config.block_size)
         counts = y != IGNORE  # (B, T)
         rows = counts.nonzero()[:, 0]  # the row of each target

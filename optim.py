@@ -124,6 +124,29 @@ def check_device(arch, device, dtype):
         raise UserError(f'{what} {how} {torch.__version__}. Try another version, or --device=cpu.')
 
 
+class SkippedSteps:
+    """Counters, on the device, of the steps whose loss or gradient is not finite.
+
+    A streak of them may begin and end between two looks, so the longest has its own counter.
+    """
+
+    def __init__(self, device, total=0, streak=0):
+        self.total = torch.tensor(float(total), device=device)
+        self.streak = torch.tensor(float(streak), device=device)
+        self.longest = torch.zeros((), device=device)
+
+    def add(self, skip):
+        """Count a step: skip is tensor(1.0) for one that is skipped, else tensor(0.0)."""
+        self.total += skip
+        self.streak = (self.streak + 1) * skip
+        self.longest = torch.maximum(self.longest, self.streak)
+
+    def read(self):
+        """Return how many there were, the present streak, and the longest since the start."""
+        counters = torch.stack((self.total, self.streak, self.longest))
+        return [int(count) for count in counters.tolist()]
+
+
 # -----------------------------------------------------------------------------
 # Muon
 

@@ -201,6 +201,12 @@ def shard_blocks(model, device_type, dtype, replicas):
     fully_shard(model, mesh=mesh)
 
 
+def compile_blocks(model):
+    """Compile each block: FSDP's hooks leave the blocks to Python, and checkpoint() hides them."""
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward)
+
+
 def sync_gradients(train_model, on):
     """Set whether the next backward pass averages the gradients over the processes.
 
@@ -246,6 +252,12 @@ def replicate_like(number, parameter):
 # what a checkpoint holds: everything in one piece, whatever the number of processes
 
 
+def local_parts(model):
+    """Return what this process holds of each parameter, as tensors that share its memory."""
+    parts = [parameter.detach() for parameter in model.parameters()]
+    return [part.to_local() if hasattr(part, 'to_local') else part for part in parts]
+
+
 def copy_to_cpu(model, optimizers):
     """Copy what is trained to rank 0's CPU, whole: (GPT, state of the optimizers).
 
@@ -270,6 +282,17 @@ def copy_to_cpu(model, optimizers):
                 if is_main:
                     state.setdefault(name, {})[key] = tensor.to('cpu', copy=True)
     return full_model, state
+
+
+def whole_model(model, device):
+    """Gather a sharded model for rank 0: on its device, or on the CPU where that has no room."""
+    full_model, _ = copy_to_cpu(model, [])
+    if rank == 0:
+        try:
+            full_model.to(device)
+        except torch.OutOfMemoryError:  # slow, but there it has room
+            full_model.to('cpu')
+    return full_model
 
 
 def restore_optimizers(model, optimizers, state):

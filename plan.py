@@ -292,13 +292,25 @@ def print_plan(config):
 
     if config['dtype'] == 'auto':
         config = config | {'dtype': DTYPES.get(gpu, 'bfloat16')}
-    print_size(model, data, missing, config)
+    print_model(model)
     rows = memory_rows(model, config)
     held = rows['DDP']
     saved = held['weights'] + held['optimizer']
     room = memory_of_this_machine() if gpu == 'CPU' else GPUS[gpu][1]
-    fits = held['peak'] < room * 2**30
-    measured_gib = print_time(model, config, fits)
+    seconds, how = None, 'not measured: the model does not fit into memory'
+    measured_gib = None
+    if gpu == 'CPU' and held['peak'] < room * 2**30:
+        seconds, measured_gib = time_step(model.config, config)
+        seconds /= config['plan_gpus']
+        how = 'on this machine, of which a micro-step was timed'
+        if config['plan_gpus'] > 1:
+            n = config['plan_gpus']
+            how = f'on {n} machines like this one, of which a micro-step was timed'
+    elif gpu != 'CPU':
+        seconds, how = compute_step(model, config)
+    config = config | {'max_iters': count_steps(config, data, seconds)}
+    print_size(model, data, missing, config)
+    print_time(config, seconds, how)
     print_memory(rows, config, room, measured_gib)
     if config['plan_gpus'] > 1:
         print_traffic(model, config)
@@ -309,12 +321,35 @@ def print_plan(config):
     print(f'host    {saved / 1e9:.2f} GB more of memory while a thread of the first process saves')
 
 
+def print_model(model):
+    shape = model.config
+    size = f'{shape.n_layer} layers, {shape.n_head} heads, n_embd {shape.n_embd}'
+    print(f'model   {shape.arch}, {size}: {model.count_parameters():,} parameters', flush=True)
+
+
+def count_steps(config, data, seconds):
+    """Return the steps of a run, which a budget in epochs or minutes may say. seconds: of a step.
+
+    Raises UserError where a budget cannot be planned.
+    """
+    if config['max_epochs'] is not None:
+        if data is None:
+            dataset = config['dataset']
+            raise UserError(f'max_epochs of {dataset} cannot be planned: prepare it first.')
+        windows_per_step = config['batch_size'] * config['gradient_accumulation_steps']
+        return data.steps(config['max_epochs'], windows_per_step)
+    if config['max_minutes'] is not None:
+        if seconds is None:
+            raise UserError('max_minutes cannot be planned: the time of a step is not known.')
+        return max(1, round(60 * config['max_minutes'] / seconds))
+    return config['max_iters']
+
+
 def print_size(model, data, missing, config):
     """Print the size of a run in tokens and operations.
 
     data: a Mixture, or None. missing: the folders of the datasets that are not prepared.
     """
-    shape = model.config
     n_steps = config['max_iters']
     factors = (config['batch_size'], config['gradient_accumulation_steps'], config['block_size'])
     tokens_per_step = math.prod(factors)
@@ -330,48 +365,39 @@ def print_size(model, data, missing, config):
     elif config['init_from'] in OWN_MODELS:
         dataset += ": GPT-2's vocabulary is assumed"
 
-    size = f'{shape.n_layer} layers, {shape.n_head} heads, n_embd {shape.n_embd}'
     each = ' x '.join(f'{factor}' for factor in factors)
-    print(f'model   {shape.arch}, {size}: {n_params:,} parameters')
     print(f'data    {dataset}')
     print(f'steps   {n_steps:,}, each {each} = {tokens_per_step:,} tokens: {tokens:,}{epochs}')
     print(f'        {tokens / n_params:.1f} tokens per parameter (Chinchilla-optimal: about 20)')
     print(f'cost    {flops / 1e9:.3g} GFLOP per token, {tokens * flops:.3g} FLOP in total')
 
 
-def print_time(model, config, fits):
-    """Print the hours of a run, and what they cost. Returns the GiB of what was timed, or None.
-
-    fits: whether one device holds the model.
-    """
+def compute_step(model, config):
+    """Return the seconds of a step on the GPUs of the plan, and on what; or None, and why."""
     gpu = config['plan_gpu']
     n_gpus = config['plan_gpus']
-    tokens_per_step = config['batch_size'] * config['gradient_accumulation_steps']
-    tokens = config['max_iters'] * tokens_per_step * config['block_size']
-    measured_gib = None
-    if gpu == 'CPU':
-        if not fits:
-            print('time    not measured: the model does not fit into memory')
-            return None
-        seconds_per_step, measured_gib = time_step(model.config, config)
-        seconds = config['max_iters'] * seconds_per_step / n_gpus
-        how = 'this machine, of which a micro-step was timed'
-        if n_gpus > 1:
-            how = f'{n_gpus} machines like this one, of which a micro-step was timed'
-    elif config['dtype'] == 'float32' and DTYPES.get(gpu) != 'float32':
-        print(f"time    not known: {gpu}'s peak is one in 16 bits, and dtype is float32")
-        return None
-    else:
-        peak_tflops, _ = GPUS[gpu]
-        flops = tokens * model.flops_per_token(config['block_size'])
-        seconds = flops / (peak_tflops * 1e12 * config['plan_mfu'] * n_gpus)
-        how = f'{n_gpus} x {gpu} at {config["plan_mfu"]:.0%} of {peak_tflops} TFLOP/s'
-    print(f'time    {duration(seconds)} on {how}, {tokens / max(seconds, 1e-9):,.0f} tokens/s')
+    if config['dtype'] == 'float32' and DTYPES.get(gpu) != 'float32':
+        return None, f"not known: {gpu}'s peak is one in 16 bits, and dtype is float32"
+    peak_tflops, _ = GPUS[gpu]
+    sequences = config['batch_size'] * config['gradient_accumulation_steps']
+    flops = sequences * config['block_size'] * model.flops_per_token(config['block_size'])
+    seconds = flops / (peak_tflops * 1e12 * config['plan_mfu'] * n_gpus)
+    return seconds, f'on {n_gpus} x {gpu} at {config["plan_mfu"]:.0%} of {peak_tflops} TFLOP/s'
+
+
+def print_time(config, seconds_per_step, how):
+    """Print the hours of a run, and what they cost."""
+    if seconds_per_step is None:
+        print(f'time    {how}')
+        return
+    seconds = config['max_iters'] * seconds_per_step
+    sequences = config['batch_size'] * config['gradient_accumulation_steps']
+    rate = sequences * config['block_size'] / seconds_per_step
+    print(f'time    {duration(seconds)} {how}, {rate:,.0f} tokens/s')
     if config['plan_price'] is not None:
         price = config['plan_price']
-        total = price * n_gpus * seconds / 3600
+        total = price * config['plan_gpus'] * seconds / 3600
         print(f'price   {total:,.2f} at {price:g} per device and hour')
-    return measured_gib
 
 
 def time_step(shape, config):
@@ -439,7 +465,10 @@ def memory_of_this_machine():
 
 
 def print_memory(rows, config, room, measured_gib=None):
-    """Print the table of memory. room: GiB of a device. measured_gib: see print_time()."""
+    """Print the table of memory. room: GiB of a device.
+
+    measured_gib: what the timed steps took, or None.
+    """
     gpu = config['plan_gpu']
     unit, size = 'GiB', 2**30
     if max(row['peak'] for row in rows.values()) < 2**30:
@@ -450,7 +479,7 @@ def print_memory(rows, config, room, measured_gib=None):
     for name, row in rows.items():
         cells = ''.join(f'{row[key] / size:>{width}.2f}' for key, width in COLUMNS.items())
         print(f'        {name:16}{cells}')
-    if measured_gib:
+    if measured_gib is not None:
         measured = f'{measured_gib * 2**30 / size:.2f}'
         print(f'        {measured} when it was timed, with the freed memory that is kept')
     too_large = [name for name, row in rows.items() if row['peak'] > room * 2**30]

@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import signal
+import sys
 import time
 import uuid
 from pathlib import Path
@@ -16,11 +17,14 @@ from tqdm import tqdm
 import runtime
 from runtime import UserError
 
+DAY = 24 * 3600  # seconds
 # The horizontal axes of a picture: the field of the log, and the label.
 X_FIELDS = {'steps': 'step', 'seconds': 'train_seconds', 'tokens': 'tokens'}
 X_LABELS = {'steps': 'step', 'seconds': 'seconds of training', 'tokens': 'tokens'}
 
+_to_stderr = False  # print everything there but a run's last record
 _bar = None  # the progress bar
+_bar_time = 0.0  # when it was drawn last for a micro-batch
 _send = None  # sends a record to the tracker
 _close_tracker = None
 _tracked = {}  # {name: the step of its last value that was sent}
@@ -38,11 +42,68 @@ def print_line(text):
     """
     try:
         with tqdm.external_write_mode():
-            print(text, flush=True)
+            print(text, flush=True, file=sys.stderr if _to_stderr else None)
     except OSError as error:
         runtime.drop_output()
         if error.errno in (errno.EPIPE, errno.EIO):  # not a full disk
             runtime.request_stop(signal.SIGTERM, None)
+
+
+def print_model(model, data, device, precision, compiles, parallel):
+    """Print what is trained, with a Mixture, and on what."""
+    import torch
+
+    c = model.config
+    size = f'{c.n_layer} layers, {c.n_head} heads, n_embd {c.n_embd}'
+    where = device
+    if torch.device(device).type == 'cpu':
+        where += f' ({torch.get_num_threads()} threads)'
+    if parallel.launched:
+        where += f' x {parallel.world_size} processes'
+    compiled = 'compiled' if compiles else 'not compiled'
+    print_line(
+        f'model   {c.arch}, {size}: {model.count_parameters():,} parameters\n'
+        f'data    {data.describe()}\n'
+        f'device  {where}, {precision}, {compiled}'
+    )
+
+
+def print_resumed(saved, lr, lr_before, is_complete):
+    """Print from where a run goes on (a checkpoint.SavedRun), and with what other knobs."""
+    print_line(f'resume  {saved.path}, step {saved.progress.step:,}')
+    for name, (before, now) in saved.changed.items():
+        print_line(f'        {name} was {before!r}, is now {now!r}')
+    if is_complete:
+        print_line(
+            '        it has all its steps: more with --max_iters=, or a new run from one of\n'
+            f'        its checkpoints: --init_from={saved.path} --out_dir=ANOTHER'
+        )
+    elif lr_before and lr > 2 * lr_before:
+        print_line(f'        the learning rate rises from {lr_before:.2e} to {lr:.2e}')
+
+
+def print_length(n_steps, factors, epochs):
+    """Print the steps of a run. factors: of the tokens in one."""
+    each = ' x '.join(map(str, factors))
+    tokens = math.prod(factors)
+    total = f'{n_steps * tokens:,}, {epochs} epochs'
+    print_line(f'steps   {n_steps:,}, each {each} = {tokens:,} tokens: {total}')
+
+
+def print_estimate(seconds, n_steps, dataset):
+    """Say after the first micro-batch how long a step will take, and the run, where it is long."""
+    if seconds > 10:
+        total = f', about {duration(n_steps * seconds)} in all' if n_steps > 1 else ''
+        print_line(f'        about {duration(seconds)} a step here{total}')
+    if n_steps * seconds > DAY:
+        how = f'python train.py config/fit.py --dataset={dataset} --max_minutes=10'
+        print_line(f'        for a model that suits this machine:\n        {how}')
+
+
+def print_to_stderr():
+    """Leave standard output to the last record of a run, which a program reads."""
+    global _to_stderr
+    _to_stderr = True
 
 
 def show_bar(step, max_iters, quiet):
@@ -52,6 +113,15 @@ def show_bar(step, max_iters, quiet):
         off = True if quiet else None  # None: where there is no terminal
         _bar = tqdm(total=max_iters, initial=step, unit='step', ncols=80, leave=False, disable=off)
     _bar.update(step - _bar.n)
+
+
+def show_micro_batch(number, count):
+    """Show on the bar, once a second, how far a long step has come."""
+    global _bar_time
+    now = time.monotonic()
+    if _bar is not None and count > 1 and now > _bar_time + 1:
+        _bar.set_postfix_str(f'micro-batch {number}/{count}')
+        _bar_time = now
 
 
 def print_headings(peak):
@@ -113,14 +183,68 @@ def print_sample(log_path, step, prompt, text):
     log(log_path, step=step, sample=sample)
 
 
-def print_summary(out_dir, tokens, progress):
-    """Print what a finished run has done (a checkpoint.Progress), and how to sample from it."""
+def print_summary(out_dir, progress, n_tokens, model, device):
+    """Print what a finished run has done (a checkpoint.Progress), and how to sample from it.
+
+    For programs the same is the last record of its log.
+    """
+    records = read_log(out_dir)
+    last = [record for record in records if 'val_loss' in record][-1]
+    final = {
+        'val_loss': last['val_loss'], 'bits_per_byte': last['bits_per_byte'],
+        'best_val_loss': progress.best_val_loss, 'best_step': progress.best_step,
+        'seconds': round(progress.train_seconds, 3), 'steps': progress.step,
+        'tokens': n_tokens, 'parameters': model.count_parameters(),
+        'gib': runtime.peak_memory_gib(device),
+    }  # fmt: skip
+    log(os.path.join(out_dir, 'log.jsonl'), step=progress.step, final=final)
+    best = f'{final["best_val_loss"]:.4f}, at step {final["best_step"]:,}'
     print_line(
-        f'\n{tokens:,} tokens in {duration(progress.train_seconds)} of training.\n'
-        f'Best validation loss {progress.best_val_loss:.4f}, at step {progress.best_step:,}.\n'
+        f'\n{final["tokens"]:,} tokens in {duration(final["seconds"])} of training.\n'
+        f'Best validation loss {best}: that checkpoint is sampled.\n'
         f'{out_dir} has the checkpoints, loss.png and log.jsonl. Sample from it with:\n'
         f'python sample.py --out_dir={shlex.quote(out_dir)}'
     )
+    if overfits(records, final['best_step']):
+        print_line(OVERFITTING.format(final['best_step']))
+    if _to_stderr:
+        print(json.dumps(final), flush=True)
+
+
+# What is said at the second evaluation in a row without a new best, and at the end.
+OVERFITTING = (
+    'Validation has risen since step {:,} while training fell: the model learns the\n'
+    'text by heart. What helps: fewer steps, more --dropout, a smaller model, or more\n'
+    'text. --early_stopping_patience=2 ends a run that overfits.'
+)
+
+
+def warn_of_overfitting(log_path, best_step):
+    """Say it where validation has risen since a step while training fell."""
+    if overfits(read_log(os.path.dirname(log_path)), best_step):
+        print_line(OVERFITTING.format(best_step))
+
+
+def overfits(records, best_step):
+    """Return whether validation has risen since its best step while training fell."""
+    validation = [r['val_loss'] for r in records if r.get('val_loss') and r['step'] >= best_step]
+    training = [(r['step'], r['loss']) for r in records if r.get('loss')]
+    before = [loss for step, loss in training if step <= best_step]
+    after = [loss for step, loss in training if step > best_step]
+    if not before or not after or len(validation) < 3:
+        return False
+    before = before[-len(after) :]
+    has_fallen = sum(after) / len(after) < sum(before) / len(before)
+    return has_fallen and validation[-1] > 1.005 * validation[0]
+
+
+def print_stopped(out_dir):
+    """Print how a run that a signal has ended goes on."""
+    how = 'Nothing was to be saved yet.'
+    if any(name.startswith('step_') for name in os.listdir(out_dir)):
+        config = shlex.quote(os.path.join(out_dir, 'config.py'))
+        how = f'Resume with: python train.py {config} --init_from=resume'
+    print_line(how)
 
 
 def finish():
@@ -144,9 +268,11 @@ def human(count):
 
 
 def duration(seconds):
-    """Return seconds as 12m05s, or as 3h20m."""
+    """Return seconds as 12m05s, as 3h20m, or as 321 days."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
+    if hours >= 1000:
+        return f'{hours / 24:,.0f} days'
     return f'{hours}h{minutes:02}m' if hours else f'{minutes}m{seconds:02}s'
 
 
@@ -190,17 +316,26 @@ def read_log(folder):
     return records
 
 
+def last_value(path, name):
+    """Return the last value of this name in a log; None where there is none."""
+    value = None
+    if os.path.isfile(path):
+        for _, record in _read_lines(path):
+            value = record.get(name, value)
+    return value
+
+
 def truncate_log(path, step, last_eval_step):
     """Cut a log back to where a run resumes: what came later is about to happen again.
 
     Records of steps up to `step` stay, those of evaluations up to `last_eval_step`: a run that was
-    saved between the two evaluates again. Lines that were cut short go.
+    saved between the two evaluates again. Lines that were cut short go, and the final record.
     """
     kept = []
     if os.path.exists(path):
         for line, record in _read_lines(path):
             last = last_eval_step if 'val_loss' in record else step
-            if line.endswith('\n') and record['step'] <= last:
+            if line.endswith('\n') and record['step'] <= last and 'final' not in record:
                 kept.append(line)
     replace_file(path, kept)
 
@@ -309,8 +444,11 @@ def track(step, **values):
     global _send
     if _send is None:
         return
-    new = {name: v for name, v in values.items() if v is not None and _tracked.get(name) != step}
+    values = {name: v for name, v in values.items() if v is not None and name != 'final'}
+    new = {name: v for name, v in values.items() if _tracked.get(name) != step}
     _tracked.update(dict.fromkeys(new, step))
+    if not new:
+        return
     try:
         _send(step, new)
     except Exception as error:  # whatever a tracker raises
@@ -349,9 +487,8 @@ def draw(runs, path, x='steps'):
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 6), dpi=110)
+    figure = Figure(figsize=(8, 6), dpi=110, layout='constrained')
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    figure.subplots_adjust(left=0.1, right=0.92, top=0.91, bottom=0.08, hspace=0.06)
     right = below.twinx()
     for number, (name, records) in enumerate(runs.items()):
         points = _points(name, records, x)
@@ -375,7 +512,7 @@ def draw(runs, path, x='steps'):
     above.set_ylabel('loss, nats per token')
     above.grid(alpha=0.25)
     if above.get_legend_handles_labels()[0]:
-        above.legend(frameon=False, loc='upper right')
+        figure.legend(frameon=False, loc='outside upper center', ncols=2)  # where no line is
     below.set(ylabel='learning rate', xlabel=X_LABELS[x], ylim=(0, None))
     below.grid(alpha=0.25)
     right.set(ylabel='gradient norm (faint)', ylim=(0, None))
@@ -423,15 +560,12 @@ def _draw_validation(axes, val, label, color):
 
 
 def _fit_losses(axes, runs):
-    """Fit the vertical limits to the losses after the first 3 % of the steps.
-
-    The fall from a random model's loss would flatten the rest.
-    """
+    """Fit the vertical limits to all evaluations, and to training after its first 3 %."""
     tops = []
     for records in runs.values():
         first = 0.03 * records[-1]['step']
-        losses = [r.get('loss', r.get('val_loss')) for r in records if r['step'] > first]
-        tops += [loss for loss in losses if loss is not None]
+        tops += [r['loss'] for r in records if r['step'] > first and r.get('loss') is not None]
+        tops += [r['val_loss'] for r in records if r.get('val_loss') is not None]
     lows = [line.get_ydata().min() for line in axes.get_lines() if len(line.get_ydata())]
     if tops and max(tops) > min(lows):
         margin = 0.05 * (max(tops) - min(lows))

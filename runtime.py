@@ -104,6 +104,14 @@ def _sentence_for(kind, error):
     return None
 
 
+def show_progress(items, what, quiet=False):
+    """Yield the items; on a terminal with a bar that says what is done."""
+    from tqdm import tqdm
+
+    off = True if quiet else None  # None: where stderr is not a terminal
+    return tqdm(items, desc=what, ncols=80, leave=False, disable=off, delay=1)
+
+
 def brief(error):
     """Shorten an error of some library to a line."""
     message = ' '.join(str(error).split()) or '?'
@@ -352,10 +360,14 @@ class Stopwatch:
         self.started = time.perf_counter()  # None: paused
 
     def pause(self):
-        """Wait for the device, whose queued work belongs to the time so far, and stop counting."""
-        synchronize(self.device)
-        self.total = self.seconds
+        """Stop counting, with what the device has to do yet."""
+        self.total = self.measure()
         self.started = None
+
+    def measure(self):
+        """Wait for the device, whose queued work belongs to the time so far. Returns seconds."""
+        synchronize(self.device)
+        return self.seconds
 
     def resume(self):
         """Count on from the seconds so far."""

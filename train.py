@@ -13,7 +13,6 @@ runtime.begin_script()  # first, so that Ctrl-C ends the imports as well: they t
 
 import math
 import os
-import shlex
 import signal
 import sys
 from dataclasses import asdict, fields
@@ -25,9 +24,10 @@ import checkpoint
 import optim
 import parallel
 import report
+from budget import TimedSteps
 from configurator import check_range, configure
 from data import Mixture, micro_step_seed
-from inference import evaluate_loss, generate_text, load_tokenizer, perplexity
+from inference import evaluate_mixture, generate_text, load_tokenizer
 from model import GPT, IGNORE, GPTConfig, check_round_trip, find_pretrained
 
 # -----------------------------------------------------------------------------
@@ -44,6 +44,7 @@ early_stopping_patience: int | None = None  # end after this many evaluations wi
 sample_interval: int | None = None  # steps between samples, on the terminal and in the log
 sample_prompt = '\n'  # the prompt of the samples
 tracker: Literal['none', 'tensorboard', 'wandb'] = 'none'  # where else the log goes
+format: Literal['text', 'json'] = 'text'  # json: the last record is all that is on standard output
 log_norms = False  # log the norms of the parameters and gradients of each block, too
 max_skipped_steps = 20  # end after this many steps in a row whose loss or gradient is not finite
 seed = 1337  # everything random follows from it and the position in the run
@@ -69,6 +70,8 @@ learning_rate = 6e-4  # AdamW's peak
 muon_lr = 0.02  # Muon's peak; the same value is good for every n_embd
 muon_momentum = 0.95  # Muon's momentum
 max_iters = 600000  # steps, that is optimizer updates
+max_epochs: float | None = None  # instead of max_iters: times through the text
+max_minutes: float | None = None  # instead of both: of training; some steps are timed first
 weight_decay = 1e-1  # of matrices and embeddings, not of norms and biases
 beta1 = 0.9  # AdamW's
 beta2 = 0.95  # AdamW's
@@ -106,10 +109,14 @@ check_range(config, 0, 10**18, 'max_iters seed warmup_iters lr_decay_iters')
 check_range(config, 0, 10**18, 'learning_rate muon_lr min_lr weight_decay grad_clip')
 check_range(config, 0, 1 - 1e-6, 'beta1 beta2 muon_momentum')
 check_range(config, 1e-6, 1, 'cooldown_frac plan_mfu')
-check_range(config, 1e-6, 10**9, 'plan_price plan_network')
+check_range(config, 1e-6, 10**9, 'plan_price plan_network max_epochs max_minutes')
 check_range(config, 1, block_size, 'stride')
 if not out_dir:
     raise UserError('out_dir is empty: name a folder.')
+if max_epochs is not None and max_minutes is not None:
+    raise UserError('Give max_epochs or max_minutes, not both.')
+if format == 'json':
+    report.print_to_stderr()
 
 if plan:
     from plan import print_plan  # its imports take a second
@@ -159,6 +166,7 @@ for each in data.datasets:
     each.check_length(block_size)
 windows_per_step = batch_size * gradient_accumulation_steps
 tokens_per_step = windows_per_step * block_size
+micro_batches_per_process = gradient_accumulation_steps // parallel.world_size
 
 # -----------------------------------------------------------------------------
 # model: from scratch, from the run's last checkpoint, or a published one to fine-tune
@@ -189,6 +197,24 @@ else:
         each.check_vocabulary(tokenizer, model.config.vocab_size, init_from)
     # block_size stays the knob, the length of the windows: a rotary model's own is its context.
     run_config.update({name: getattr(model.config, name) for name in shape if name != 'block_size'})
+
+# A budget in epochs or minutes becomes a number of steps once: a run that resumes keeps it.
+has_budget = max_epochs is not None or max_minutes is not None
+
+
+def set_length(n_steps):
+    """Fix the number of steps, also for whoever repeats the run from its config.py."""
+    global max_iters, lr_decay_iters
+    max_iters = n_steps
+    lr_decay_iters = None  # the decay ends with the run
+    budget = {'max_iters': n_steps, 'max_epochs': None, 'max_minutes': None}
+    run_config.update(budget, lr_decay_iters=None)
+
+
+if has_budget and resuming:
+    set_length(saved.meta['config']['max_iters'])
+elif max_epochs is not None:
+    set_length(data.steps(max_epochs, windows_per_step))
 
 check_round_trip(model)  # better now than at the first checkpoint
 if device_type != 'cpu':
@@ -223,9 +249,7 @@ if resuming:
 if compiles:
     model.compile()  # in place, so train_model is compiled, too
     if fsdp and activation_checkpointing:
-        # FSDP's hooks leave the blocks to Python, where torch's checkpoint() is not looked into.
-        for block in model.blocks:
-            block.forward = torch.compile(block.forward)
+        parallel.compile_blocks(model)
 
 
 def lr_multiplier(step):
@@ -252,14 +276,11 @@ def lr_multiplier(step):
 
 clock = runtime.Stopwatch(my_device, progress.train_seconds)
 log_path = os.path.join(out_dir, 'log.jsonl') if is_main else os.devnull
-advice = f'{out_dir} has what was saved before; try a lower learning_rate or a grad_clip.'
+advice = f'{out_dir} has what was saved before; try a lower learning_rate, or a grad_clip.'
 
 # Steps whose loss or gradient is not finite are skipped and counted on the device, so that no step
-# waits for it; check_skipped_steps reads the counters now and then. The longest streak has its own
-# counter, since a streak may begin and end between two looks.
-n_skipped = torch.tensor(float(progress.skipped_steps), device=my_device)
-streak = torch.tensor(float(progress.skipped_in_a_row), device=my_device)
-longest_streak = torch.zeros((), device=my_device)
+# waits for it; check_skipped_steps reads the counters now and then.
+skipped = optim.SkippedSteps(my_device, progress.skipped_steps, progress.skipped_in_a_row)
 
 
 def tokens_seen():
@@ -280,8 +301,7 @@ def fail(message):
 
 def check_skipped_steps():
     """Read the counters of skipped steps, and end the run after too many in a row."""
-    counters = torch.stack((n_skipped, streak, longest_streak))
-    total, in_a_row, longest = (int(count) for count in counters.tolist())
+    total, in_a_row, longest = skipped.read()
     new = total - progress.skipped_steps
     if new:
         reason = 'the loss or the gradient was not finite'
@@ -297,14 +317,8 @@ def check_skipped_steps():
 
 def evaluate():
     """Measure the loss of all validation tokens together. Returns the metrics for the log."""
-    results = []  # of each dataset, (nats, number of targets)
-    for each in data.datasets:
-        results.append(evaluate_loss(model, each.val, block_size, batch_size, autocast))
-    val_loss = sum(nats for nats, _ in results) / sum(n_targets for _, n_targets in results)
-    val_losses = {}
-    if len(results) > 1:
-        for name, (nats, n_targets) in zip(data.names, results, strict=True):
-            val_losses[f'val_loss/{name}'] = nats / n_targets
+    metrics = evaluate_mixture(model, data, batch_size, autocast)
+    val_loss = metrics['val_loss']
     if not math.isfinite(val_loss):
         fail(f'The validation loss is {val_loss} at step {progress.step:,}: nothing is saved.')
 
@@ -314,13 +328,7 @@ def evaluate():
         progress.best_val_loss = val_loss
         progress.best_step = progress.step
         progress.evals_since_best = 0
-    return {
-        'val_loss': val_loss,
-        **val_losses,
-        'perplexity': perplexity(val_loss),
-        'bits_per_byte': val_loss / math.log(2) / data.bytes_per_token('val'),
-        'train_seconds': round(clock.seconds, 3),
-    }
+    return metrics | {'train_seconds': round(clock.seconds, 3)}
 
 
 def save_checkpoint(val_loss, must_succeed=False, weights_only=False):
@@ -365,15 +373,9 @@ def check_save(wait=False, must_succeed=False):
 
 def print_sample():
     """Print and log a sample. Sampling has its own generator, so the training is not touched."""
-    full_model = model
-    if fsdp:
-        full_model, _ = parallel.copy_to_cpu(model, [])
-        if not is_main:
-            return
-        try:
-            full_model.to(my_device)
-        except torch.OutOfMemoryError:  # slow, but there it has room
-            full_model.to('cpu')
+    full_model = parallel.whole_model(model, my_device) if fsdp else model
+    if not is_main:
+        return
     full_model.eval()
     (sample,) = generate_text(
         full_model, tokenizer, sample_prompt,
@@ -386,43 +388,42 @@ def print_sample():
 # -----------------------------------------------------------------------------
 # the start of the run: what is trained, on what and how long; the log, signals
 
-where = my_device
-if device_type == 'cpu':
-    where += f' ({torch.get_num_threads()} threads)'
-if parallel.launched:
-    where += f' x {parallel.world_size} processes'
-compiled = 'compiled' if compiles else 'not compiled'
-epochs = data.epochs(max_iters * windows_per_step)
-c = model.config
-report.print_line(
-    f'model   {c.arch}, {c.n_layer} layers, {c.n_head} heads, n_embd {c.n_embd}: '
-    f'{model.count_parameters():,} parameters\n'
-    f'data    {data.describe()}\n'
-    f'device  {where}, {precision}, {compiled}'
-)
-if not eval_only:
-    report.print_line(
-        f'steps   {max_iters:,}, each {batch_size} x {gradient_accumulation_steps} x {block_size}'
-        f' = {tokens_per_step:,} tokens: {max_iters * tokens_per_step:,}, {epochs} epochs'
-    )
+report.print_model(model, data, my_device, precision, compiles, parallel)
+if optimizer == 'muon':
+    report.print_line(f'rates   {learning_rate:g} (AdamW, the column lr), {muon_lr:g} (Muon)')
 if resuming:
-    report.print_line(f'resume  {saved.path}, step {progress.step:,}')
-    for name, (before, now) in saved.changed.items():
-        report.print_line(f'        {name} was {before!r}, is now {now!r}')
+    lr = lr_multiplier(progress.step) * learning_rate
+    is_complete = progress.step >= max_iters and not eval_only
+    report.print_resumed(saved, lr, report.last_value(log_path, 'lr'), is_complete)
 
 if writes:
     checkpoint.lock_folder(out_dir)
     report.start_tracker(tracker, out_dir, run_config, progress.step)
     report.truncate_log(log_path, progress.step, progress.last_eval_step)
-    report.write_config(os.path.join(out_dir, 'config.py'), run_config, progress.step)
 if not eval_only:
     runtime.install_signal_handlers()
+
+
+def begin():
+    """Print how long the run will be, and write its config.py."""
+    if not eval_only:
+        factors = (batch_size, gradient_accumulation_steps, block_size)
+        report.print_length(max_iters, factors, data.epochs(max_iters * windows_per_step))
+    if writes:
+        report.write_config(os.path.join(out_dir, 'config.py'), run_config, progress.step)
+    report.print_headings(peak_flops)
+
 
 flops_per_token = model.flops_per_token(block_size)
 peak_flops = runtime.peak_flops(my_device, precision)  # None where it is not known
 if peak_flops:
     peak_flops *= parallel.world_size
-report.print_headings(peak_flops)
+
+timed_steps = None  # with max_minutes
+if max_minutes is not None and not resuming and not eval_only:
+    timed_steps = TimedSteps(max_minutes, model, optimizers, scaler)
+else:
+    begin()
 
 # -----------------------------------------------------------------------------
 # the loop
@@ -432,20 +433,32 @@ first_step = logged_step = timed_step = progress.step
 timed_seconds = logged_seconds = progress.train_seconds
 clock.resume()  # all that came before is not training
 while True:
+    # With max_minutes the first steps are timed, and undone.
+    n_steps = timed_steps.count(clock) if timed_steps else None
+    if n_steps:
+        timed_steps = None
+        set_length(n_steps)
+        skipped = optim.SkippedSteps(my_device)
+        progress = checkpoint.Progress()
+        clock = runtime.Stopwatch(my_device)
+        begin()
+
     # After the last step the loop is entered once more, to evaluate and save the final weights.
     step = progress.step
     done = step >= max_iters or out_of_patience()
     # A signal that any process received, or 0. With several it comes one iteration late, so that
     # nobody waits, and all stop at the same step.
     stop_signal = parallel.async_max(runtime.stop)
-    is_new = step > first_step  # else this process has nothing to save or to show yet
+    # Else there is nothing to save or to show yet.
+    is_new = step > first_step and timed_steps is None
     check_save()
 
     # ---- now and then: evaluate, save, sample, while the clock of the training stands still
     eval_due = step % eval_interval == 0 or done
     was_evaluated = progress.last_eval_step == step  # a run may resume where it has evaluated
-    eval_now = eval_only or (eval_due and not was_evaluated)
-    weights_now = save_weights_interval and step > 0 and step % save_weights_interval == 0
+    eval_now = eval_only or (eval_due and not was_evaluated and timed_steps is None)
+    weights_due = step > 0 and timed_steps is None
+    weights_now = save_weights_interval and weights_due and step % save_weights_interval == 0
     sample_now = sample_interval and is_new and step % sample_interval == 0
     if eval_now or weights_now or sample_now or stop_signal:
         clock.pause()
@@ -468,6 +481,8 @@ while True:
             if is_last or (step > 0 and (is_best or always_save_checkpoint)):
                 outcome = save_checkpoint(val_loss, must_succeed=is_last)
             report.print_validation(step, tokens_seen(), metrics, outcome)
+            if is_main and progress.evals_since_best == 2 and not is_last:
+                report.warn_of_overfitting(log_path, progress.best_step)
         elif stop_signal and is_new:
             outcome = save_checkpoint(None, must_succeed=True)
             report.print_line(f'{step:>9,}  {signal.Signals(stop_signal).name}, {outcome}')
@@ -483,6 +498,8 @@ while True:
         break
 
     # ---- one training step
+    if timed_steps is None:
+        report.show_bar(step, max_iters, quiet=not is_main)
     lr_scale = lr_multiplier(step)
     for opt in optimizers:
         for group in opt.param_groups:
@@ -507,6 +524,11 @@ while True:
         # DDP and FSDP average; times world_size it is a sum.
         scaler.scale(micro_loss * parallel.world_size).backward()
         loss += micro_loss.detach()
+        if step == first_step and micro_step == parallel.rank and not compiles:
+            seconds = (clock.measure() - progress.train_seconds) * micro_batches_per_process
+            n_left = max_iters - step if timed_steps is None else 1
+            report.print_estimate(seconds, n_left, dataset)
+        report.show_micro_batch(micro_step + 1, gradient_accumulation_steps)
     loss = parallel.all_reduce_sum(loss)
 
     for opt in optimizers:
@@ -519,9 +541,7 @@ while True:
     # 1.0 where something is not finite. scaler.step(opt) would wait for the device to know; instead
     # the optimizers, fused AdamW and Muon, change nothing where their found_inf is 1.0.
     skip = 1 - (loss.isfinite() & grad_norm.isfinite()).float()
-    n_skipped += skip
-    streak = (streak + 1) * skip
-    longest_streak = torch.maximum(longest_streak, streak)
+    skipped.add(skip)
     for opt in optimizers:
         opt.found_inf = parallel.replicate_like(skip, model.wte.weight)  # sharded, or not
         opt.step()
@@ -531,8 +551,7 @@ while True:
     progress.windows_seen += windows_per_step
 
     # ---- from here on nothing but logging
-    report.show_bar(progress.step, max_iters, quiet=not is_main)
-    if log_now:
+    if log_now and timed_steps is None:
         check_skipped_steps()  # waits for the device
         seconds = clock.seconds
         n_tokens = (progress.step - logged_step) * tokens_per_step
@@ -555,24 +574,23 @@ while True:
         report.print_progress(log_path, record, peak_flops, seconds_left)
         logged_step = progress.step
         logged_seconds = seconds
-    is_compiled_now = compiles and progress.step == first_step + 1
+    is_compiled_now = compiles and timed_steps is None and progress.step == first_step + 1
     if is_compiled_now:  # the rates are those of the steps after it
-        runtime.synchronize(my_device)
         logged_step = timed_step = progress.step
-        logged_seconds = timed_seconds = clock.seconds
+        logged_seconds = timed_seconds = clock.measure()
 
 # -----------------------------------------------------------------------------
 # the end
 
 report.finish()
 if stop_signal and not done:
-    config_path = shlex.quote(os.path.join(out_dir, 'config.py'))
-    report.print_line(f'Resume with: python train.py {config_path} --init_from=resume')
+    report.print_stopped(out_dir)
     parallel.exit(128 + stop_signal)  # returns only in a single process
     sys.exit(128 + stop_signal)
 if not eval_only:
     if progress.step < max_iters:
         patience = f'{early_stopping_patience} evaluations (early_stopping_patience)'
         report.print_line(f'Stopped early: no new best for {patience}.')
-    report.print_summary(out_dir, tokens_seen(), progress)
+    if is_main:
+        report.print_summary(out_dir, progress, tokens_seen(), model, my_device)
 parallel.exit(0)

@@ -207,8 +207,9 @@ def in_ranks(n, script, *args, cwd, env=os.environ):
 
 
 def records(out):
-    """The records of a run's log."""
-    return [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
+    """The records of a run's log, but for the final one."""
+    lines = (out / 'log.jsonl').read_text().splitlines()
+    return [record for record in map(json.loads, lines) if 'final' not in record]
 
 
 def losses(out, key='val_loss'):

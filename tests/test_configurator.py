@@ -315,7 +315,7 @@ def test_every_script_explains_every_one_of_its_knobs(run, name, n_knobs):
         ('train.py', '--lr=1e-3', 'learning_rate'),
         ('train.py', '--steps=100', 'max_iters'),
         ('train.py', '--iters=100', 'max_iters'),
-        ('train.py', '--epochs=3', 'max_iters, in steps'),
+        ('train.py', '--epochs=3', 'max_epochs'),
         ('train.py', '--batch=3', 'batch_size'),
         ('train.py', '--max-length=64', 'block_size'),
         ('train.py', '--seq_len=64', 'block_size'),

@@ -220,7 +220,7 @@ def test_a_picture_shows_steps_seconds_or_tokens(figures, tmp_path):
 def test_skipped_steps_are_in_the_legend(figures, tmp_path):
     records = [{**record, 'skipped_steps': 3} for record in log_of(rate=64, seconds=0.5)]
     report.draw({'a': records, 'b': log_of(64, 1.0)}, str(tmp_path / 'loss.png'))
-    texts = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
+    texts = [text.get_text() for text in figures[0].legends[0].get_texts()]
     assert 'a, skipped steps: 3' in texts and 'b, training' in texts
     assert not any('b, skipped' in text for text in texts)
 

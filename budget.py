@@ -1,0 +1,57 @@
+"""A run of so many minutes: how many steps that is.
+
+A schedule that followed the clock would never repeat. So the first steps are timed and undone, and
+the run has a fixed number of steps, which its config.py keeps.
+"""
+
+import torch
+
+import parallel
+
+MOST_STEPS = 100  # are timed
+FRACTION = 0.05  # of the minutes, for timing them
+
+
+class TimedSteps:
+    """The first steps of a run, made to be timed.
+
+    count() is called before each step. When it returns a number, undo() has put the model, the
+    optimizers and the scaler back to where they were.
+    """
+
+    def __init__(self, minutes, model, optimizers, scaler):
+        self.seconds = 60 * minutes
+        self.model = model
+        self.optimizers = optimizers
+        self.scaler = scaler
+        self.scaler_before = scaler.state_dict()
+        self.before = [part.to('cpu', copy=True) for part in parallel.local_parts(model)]
+        self.ends = []  # of the steps so far, by the clock of the training
+
+    def count(self, clock):
+        """Return how many steps fit into the minutes, or None while more have to be timed.
+
+        The first step, which may compile and finds no memory yet, counts only where it is long.
+        """
+        self.ends.append(clock.measure())
+        n_steps = len(self.ends) - 1
+        if n_steps == 0:
+            return None
+        n_timed = max(1, n_steps - 1)
+        begin = self.ends[-1 - n_timed]
+        seconds = torch.tensor((self.ends[-1] - begin) / n_timed, dtype=torch.float64)
+        # The mean of all processes, so that they agree.
+        seconds = parallel.all_reduce_sum(seconds).item() / parallel.world_size
+        enough = FRACTION * self.seconds if n_steps > 1 else self.seconds / 2
+        if n_timed * seconds < enough and n_steps < MOST_STEPS:
+            return None
+        self.undo()
+        return max(1, round(self.seconds / seconds))
+
+    def undo(self):
+        for part, before in zip(parallel.local_parts(self.model), self.before, strict=True):
+            part.copy_(before)
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(self.scaler_before)
