@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import compare
 import report
 import tokenizer
 from configurator import check_range, configure
@@ -109,8 +110,6 @@ def medians(rows):
 # -----------------------------------------------------------------------------
 # compare
 
-CERTAIN = 0.01  # p below which a difference is claimed: of a hundred that are none, one is
-
 
 def bench_compare():
     """Train recipes in turns, with the same seeds, and say which differ by more than chance.
@@ -120,22 +119,22 @@ def bench_compare():
     """
     candidates = list_candidates()
     runs = {name: [] for name in candidates}  # {name: the evaluations of each seed}
-    turns = [(seed, name) for seed in range(1, seeds + 1) for name in candidates]
+    turns = list(itertools.product(range(1, seeds + 1), candidates))
     for seed, name in runtime.show_progress(turns, 'training'):
         path, flags = candidates[name]
         evals = train_evals(path, seed, *flags)
         runs[name].append(evals)
     width = max(map(len, runs))
     print(f'{"":{width}}{"loss":>9}{"+-":>8}{"bits per byte":>15}{"steps":>8}{"seconds":>9}')
-    rows = {name: summarize_runs(of_seeds) for name, of_seeds in runs.items()}
+    rows = {name: compare.summarize(of_seeds) for name, of_seeds in runs.items()}
     for name, row in rows.items():
         print(f'{name:{width}}{row["loss"]:>9.4f}{row["spread"]:>8.4f}{row["bits"]:>15.4f}', end='')
         print(f'{row["steps"]:>8,}{row["seconds"]:>9.1f}')
     first, *others = runs
     print(f'\nmeans of {seeds} seeds; +- is their standard deviation')
-    results = {name: compare_with(runs[first], runs[name]) for name in others}
+    results = {name: compare.test(runs[first], runs[name]) for name in others}
     for name, result in results.items():
-        print(say_difference(first, name, result))
+        print(compare.describe(first, name, result))
     return {'runs': rows, 'differences': results}
 
 
@@ -156,79 +155,10 @@ def list_candidates():
             raise UserError(f"grid='{grid}' is written knob:value,value;knob:value,value")
         axes.append([f'--{knob}={value}' for value in values.split(',')])
     path = find_config(_files[0])
-    points = [list(point) for point in itertools.product(*axes)]
-    return {' '.join(point).replace('--', ''): (path, point) for point in points}
-
-
-def summarize_runs(runs):
-    """Return the means of the last evaluations of a recipe's runs, and the spread of their loss."""
-    last = [evals[-1] for evals in runs]
-    losses = [record['val_loss'] for record in last]
-    return {
-        'loss': statistics.mean(losses),
-        'spread': statistics.stdev(losses) if len(losses) > 1 else math.nan,
-        'bits': statistics.mean(record['bits_per_byte'] for record in last),
-        'steps': round(statistics.mean(record['step'] for record in last)),
-        'seconds': statistics.mean(record['train_seconds'] for record in last),
-    }
-
-
-def compare_with(baseline, runs):
-    """Compare the runs of a recipe with those of the first one: differences, intervals and p."""
-    try:
-        from scipy import stats
-    except ImportError:
-        raise UserError('Comparing needs scipy: pip install scipy') from None
-    losses = [[evals[-1]['val_loss'] for evals in of_recipe] for of_recipe in (baseline, runs)]
-    result = {'loss_p': 1.0, 'loss_ratio': statistics.mean(losses[1]) / statistics.mean(losses[0])}
-    if losses[0] != losses[1]:  # else there is nothing to test
-        result['loss_p'] = float(stats.ttest_ind(*losses, equal_var=False).pvalue)
-    for field in ('train_seconds', 'step'):
-        ratios = []
-        for first, second in zip(baseline, runs, strict=True):
-            reached = first_reaching(second, first[-1]['val_loss'], field)
-            ratios.append(math.log(first[-1][field] / reached) if reached else None)
-        result[field] = None
-        if None not in ratios and len(set(ratios)) > 1:
-            test = stats.ttest_1samp(ratios, 0)
-            low, high = test.confidence_interval(1 - CERTAIN)
-            middle = statistics.mean(ratios)
-            of_it = {'speedup': math.exp(middle), 'from': math.exp(low), 'to': math.exp(high)}
-            result[field] = of_it | {'p': float(test.pvalue)}
-    return result
-
-
-def first_reaching(evals, target, field):
-    """Return the seconds or steps at which a run first has a loss, between evaluations; or None."""
-    before = None
-    for record in evals:
-        if record['val_loss'] <= target:
-            if before is None:
-                return record[field]
-            fraction = (before['val_loss'] - target) / (before['val_loss'] - record['val_loss'])
-            return before[field] + fraction * (record[field] - before[field])
-        before = record
-    return None
-
-
-def say_difference(first, name, result):
-    """Return a sentence on how a recipe differs from the first."""
-    said = []
-    if result['loss_p'] < CERTAIN:
-        change = abs(1 - result['loss_ratio'])
-        word = 'lower' if result['loss_ratio'] < 1 else 'higher'
-        said.append(f'has a {change:.1%} {word} loss (p = {result["loss_p"]:.2g})')
-    for field, what in (('train_seconds', 'seconds'), ('step', 'steps')):
-        speed = result[field]
-        if speed and speed['p'] < CERTAIN:
-            span = f'{speed["from"]:.2f} to {speed["to"]:.2f}'
-            said.append(
-                f"takes 1/{speed['speedup']:.2f} of the {what} to the first's loss "
-                f'({1 - CERTAIN:.0%}: {span}, p = {speed["p"]:.2g})'
-            )
-    if not said:
-        return f'{name}: no difference from {first} shown.'
-    return f'{name} {", ".join(said)}.'
+    candidates = {}
+    for point in itertools.product(*axes):
+        candidates[' '.join(point).replace('--', '')] = (path, list(point))
+    return candidates
 
 
 # -----------------------------------------------------------------------------

@@ -100,10 +100,10 @@ def print_estimate(seconds, n_steps, dataset):
         print_line(f'        for a model that suits this machine:\n        {how}')
 
 
-def print_to_stderr():
-    """Leave standard output to the last record of a run, which a program reads."""
+def print_to_stderr(on):
+    """Leave standard output, or not, to the last record of a run, which a program reads."""
     global _to_stderr
-    _to_stderr = True
+    _to_stderr = on
 
 
 def show_bar(step, max_iters, quiet):

@@ -115,8 +115,7 @@ if not out_dir:
     raise UserError('out_dir is empty: name a folder.')
 if max_epochs is not None and max_minutes is not None:
     raise UserError('Give max_epochs or max_minutes, not both.')
-if format == 'json':
-    report.print_to_stderr()
+report.print_to_stderr(format == 'json')
 
 if plan:
     from plan import print_plan  # its imports take a second
