@@ -128,7 +128,8 @@ def bench_compare():
     print(f'{"":{width}}{"loss":>9}{"+-":>8}{"bits per byte":>15}{"steps":>8}{"seconds":>9}')
     rows = {name: compare.summarize(of_seeds) for name, of_seeds in runs.items()}
     for name, row in rows.items():
-        print(f'{name:{width}}{row["loss"]:>9.4f}{row["spread"]:>8.4f}{row["bits"]:>15.4f}', end='')
+        spread = '-' if row['spread'] is None else f'{row["spread"]:.4f}'
+        print(f'{name:{width}}{row["loss"]:>9.4f}{spread:>8}{row["bits"]:>15.4f}', end='')
         print(f'{row["steps"]:>8,}{row["seconds"]:>9.1f}')
     first, *others = runs
     print(f'\nmeans of {seeds} seeds; +- is their standard deviation')
@@ -151,13 +152,15 @@ def list_candidates():
     axes = []
     for part in grid.split(';'):
         knob, colon, values = part.partition(':')
-        if not colon or not values:
+        if not colon or not knob or not values:
             raise UserError(f"grid='{grid}' is written knob:value,value;knob:value,value")
-        axes.append([f'--{knob}={value}' for value in values.split(',')])
+        axes.append([f'--{knob.strip()}={value.strip()}' for value in values.split(',')])
     path = find_config(_files[0])
     candidates = {}
     for point in itertools.product(*axes):
         candidates[' '.join(point).replace('--', '')] = (path, list(point))
+    if len(candidates) < 2:
+        raise UserError(f"grid='{grid}' is one point: there is nothing to compare.")
     return candidates
 
 
@@ -457,7 +460,7 @@ def run_recipe(recipe):
     flags = [f'--{name}={value}' for name, value in flags.items()]
     records = run_training(find_config(f'config/{recipe}.py'), *flags)
     last = [record for record in records if 'tokens_per_second' in record][-1]
-    loss = records[-1]['val_loss']
+    loss = [record for record in records if 'val_loss' in record][-1]['val_loss']
     rate, tflops, gib = last['tokens_per_second'], last['tflops'], last['gib']
     print(f'{recipe:18}{loss:>12.4f}{rate:>12,}{tflops:>10.3g}{gib:>8.2f}', flush=True)
     return {'val_loss': loss, 'tokens_per_second': rate, 'tflops': tflops, 'gib': gib}

@@ -18,7 +18,7 @@ def summarize(runs):
     losses = [record['val_loss'] for record in last]
     return {
         'loss': statistics.mean(losses),
-        'spread': statistics.stdev(losses) if len(losses) > 1 else math.nan,
+        'spread': None if len(losses) == 1 else statistics.stdev(losses),
         'bits': statistics.mean(record['bits_per_byte'] for record in last),
         'steps': round(statistics.mean(record['step'] for record in last)),
         'seconds': statistics.mean(record['train_seconds'] for record in last),
@@ -34,28 +34,35 @@ def test(baseline, runs):
     before = [evals[-1]['val_loss'] for evals in baseline]
     now = [evals[-1]['val_loss'] for evals in runs]
     result = {'loss_p': 1.0, 'loss_ratio': statistics.mean(now) / statistics.mean(before)}
-    if before != now:  # else there is nothing to test
+    if before != now and len(now) > 1:  # else there is nothing to test
         result['loss_p'] = float(stats.ttest_ind(before, now, equal_var=False).pvalue)
     for field in ('train_seconds', 'step'):
         ratios = speedups(baseline, runs, field)
         result[field] = None
-        if len(set(ratios)) > 1 and 0.0 not in ratios:
-            logs = stats.ttest_1samp([math.log(ratio) for ratio in ratios], 0)
-            low, high = map(math.exp, logs.confidence_interval(1 - CERTAIN))
-            middle = statistics.geometric_mean(ratios)
-            result[field] = {'speedup': middle, 'from': low, 'to': high, 'p': float(logs.pvalue)}
+        if len(ratios) < 2 or 0.0 in ratios or set(ratios) == {1.0}:
+            continue
+        middle = statistics.geometric_mean(ratios)
+        if len(set(ratios)) == 1:  # steps can be the same for all seeds
+            result[field] = {'speedup': middle, 'from': middle, 'to': middle, 'p': 0.0}
+            continue
+        logs = stats.ttest_1samp([math.log(ratio) for ratio in ratios], 0)
+        low, high = map(math.exp, logs.confidence_interval(1 - CERTAIN))
+        result[field] = {'speedup': middle, 'from': low, 'to': high, 'p': float(logs.pvalue)}
     return result
 
 
 def speedups(baseline, runs, field):
     """Return how many times sooner each run has the final loss of the baseline's run of its seed.
 
-    0.0 is for one that never has it. field: what is counted, 'train_seconds' or 'step'.
+    0.0 is for one that never has it, so recipes of equal loss cannot be told apart by speed: that
+    is for `bench.py step`. field: what is counted, 'train_seconds' or 'step'.
     """
     ratios = []
     for first, second in zip(baseline, runs, strict=True):
-        reached = first_reaching(second, first[-1]['val_loss'], field)
-        ratios.append(first[-1][field] / reached if reached else 0.0)
+        target = first[-1]['val_loss']
+        reached = first_reaching(second, target, field)
+        # The first may have had this loss before it overfitted.
+        ratios.append(first_reaching(first, target, field) / reached if reached else 0.0)
     return ratios
 
 
@@ -83,10 +90,8 @@ def describe(first, name, result):
         speed = result[field]
         if speed and speed['p'] < CERTAIN:
             span = f'{speed["from"]:.2f} to {speed["to"]:.2f}'
-            said.append(
-                f"takes 1/{speed['speedup']:.2f} of the {what} to the first's loss "
-                f'({1 - CERTAIN:.0%}: {span}, p = {speed["p"]:.2g})'
-            )
+            how = f"{speed['speedup']:.2f} x as fast in {what} to the first's loss"
+            said.append(f'is {how} ({1 - CERTAIN:.0%}: {span}, p = {speed["p"]:.2g})')
     if not said:
         return f'{name}: no difference from {first} shown.'
     return f'{name} {", ".join(said)}.'

@@ -13,6 +13,7 @@ begin_script()  # first, so that Ctrl-C ends the imports as well: they take seco
 
 import itertools
 import json
+import sys
 import textwrap
 from functools import partial
 from typing import Literal
@@ -81,7 +82,7 @@ if start.startswith('FILE:'):
 # model
 
 device = pick_device(device)
-_, model, tokenizer = load_model(init_from, out_dir, checkpoint)
+folder, model, tokenizer = load_model(init_from, out_dir, checkpoint)
 if chat:
     find_template(tokenizer)  # refuses a model that has none
 model.to(device, getattr(torch, pick_dtype(dtype, device))).eval()
@@ -172,6 +173,8 @@ else:
 
 if not interactive:
     print_samples(prompt)
+if init_from == 'resume':
+    print(f'{folder}, the {checkpoint} checkpoint', file=sys.stderr)
 while interactive:
     try:
         line = input('> ')

@@ -526,7 +526,7 @@ while True:
         if step == first_step and micro_step == parallel.rank and not compiles:
             seconds = (clock.measure() - progress.train_seconds) * micro_batches_per_process
             n_left = max_iters - step if timed_steps is None else 1
-            report.print_estimate(seconds, n_left, dataset)
+            report.print_estimate(seconds, n_left)
         report.show_micro_batch(micro_step + 1, gradient_accumulation_steps)
     loss = parallel.all_reduce_sum(loss)
 
