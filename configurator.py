@@ -73,7 +73,8 @@ def configure(script, args=None):
     flags = {}  # of the whole command line
     for arg in [arg for arg in args if arg.startswith('--')]:
         known = {name: v for name, v in _read_flag(arg, knobs, accepted).items() if name in knobs}
-        flags.update({name: _checked(arg, name, v, accepted[name]) for name, v in known.items()})
+        source = arg.partition('=')[0]
+        flags.update({n: _checked(source, n, v, accepted[n]) for n, v in known.items()})
     for arg in args:
         if arg.startswith('--'):
             given = _read_flag(arg, knobs, accepted)
@@ -82,7 +83,7 @@ def configure(script, args=None):
         source = arg.partition('=')[0]
         for name, value in given.items():
             if name in NANOGPT_ONLY:
-                print(f'{source}: {name} is not needed: {NANOGPT_ONLY[name]}.')
+                print(f'{source}: {name} is not needed: {NANOGPT_ONLY[name]}.', file=sys.stderr)
                 continue
             if name not in knobs:
                 hint = _what_is_meant(name, knobs)

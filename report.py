@@ -22,9 +22,10 @@ DAY = 24 * 3600  # seconds
 X_FIELDS = {'steps': 'step', 'seconds': 'train_seconds', 'tokens': 'tokens'}
 X_LABELS = {'steps': 'step', 'seconds': 'seconds of training', 'tokens': 'tokens'}
 
-_to_stderr = False  # print everything there but a run's last record
+_record_file = None  # to which a run's last record is printed
 _bar = None  # the progress bar
 _bar_time = 0.0  # when it was drawn last for a micro-batch
+_has_warned = False  # of overfitting
 _send = None  # sends a record to the tracker
 _close_tracker = None
 _tracked = {}  # {name: the step of its last value that was sent}
@@ -42,7 +43,7 @@ def print_line(text):
     """
     try:
         with tqdm.external_write_mode():
-            print(text, flush=True, file=sys.stderr if _to_stderr else None)
+            print(text, flush=True)
     except OSError as error:
         runtime.drop_output()
         if error.errno in (errno.EPIPE, errno.EIO):  # not a full disk
@@ -75,8 +76,8 @@ def print_resumed(saved, lr, lr_before, is_complete):
         print_line(f'        {name} was {before!r}, is now {now!r}')
     if is_complete:
         print_line(
-            '        it has all its steps: more with --max_iters=, or a new run from one of\n'
-            f'        its checkpoints: --init_from={saved.path} --out_dir=ANOTHER'
+            '        it has all its steps: more with --max_iters=, not minutes or epochs, or a\n'
+            f'        new run from its weights: --init_from={saved.path} --out_dir=ANOTHER'
         )
     elif lr_before and lr > 2 * lr_before:
         print_line(f'        the learning rate rises from {lr_before:.2e} to {lr:.2e}')
@@ -101,8 +102,10 @@ def print_estimate(seconds, n_steps):
 
 def print_to_stderr(on):
     """Leave standard output, or not, to the last record of a run, which a program reads."""
-    global _to_stderr
-    _to_stderr = on
+    global _record_file
+    if on:
+        _record_file = sys.stdout
+        sys.stdout = sys.stderr
 
 
 def show_bar(step, max_iters, quiet):
@@ -187,16 +190,19 @@ def print_summary(out_dir, progress, n_tokens, model, device):
 
     For programs the same is the last record of its log.
     """
-    records = read_log(out_dir)
-    last = [record for record in records if 'val_loss' in record][-1]
+    log_path = os.path.join(out_dir, 'log.jsonl')
+    records = []
+    if os.path.isfile(log_path):  # it may have been deleted
+        records = [record for _, record in _read_lines(log_path)]
     final = {
-        'val_loss': last['val_loss'], 'bits_per_byte': last['bits_per_byte'],
+        'val_loss': last_value(log_path, 'val_loss'),
+        'bits_per_byte': last_value(log_path, 'bits_per_byte'),
         'best_val_loss': progress.best_val_loss, 'best_step': progress.best_step,
         'seconds': round(progress.train_seconds, 3), 'steps': progress.step,
         'tokens': n_tokens, 'parameters': model.count_parameters(),
         'gib': runtime.peak_memory_gib(device),
     }  # fmt: skip
-    log(os.path.join(out_dir, 'log.jsonl'), step=progress.step, final=final)
+    log(log_path, step=progress.step, final=final)
     best = f'{final["best_val_loss"]:.4f}, at step {final["best_step"]:,}'
     print_line(
         f'\n{final["tokens"]:,} tokens in {duration(final["seconds"])} of training.\n'
@@ -206,11 +212,11 @@ def print_summary(out_dir, progress, n_tokens, model, device):
     )
     if overfits(records, final['best_step']):
         print_line(OVERFITTING.format(final['best_step']))
-    if _to_stderr:
-        print(json.dumps(final), flush=True)
+    if _record_file:
+        print(json.dumps(final), flush=True, file=_record_file)
 
 
-# What is said at the second evaluation in a row without a new best, and at the end.
+# What is said once, after two evaluations without a new best, and at the end.
 OVERFITTING = (
     'Validation has risen since step {:,} while training fell: the model learns the\n'
     'text by heart. What helps: fewer steps, more --dropout, a smaller model, or more\n'
@@ -219,9 +225,11 @@ OVERFITTING = (
 
 
 def warn_of_overfitting(log_path, best_step):
-    """Say it where validation has risen since a step while training fell."""
-    if overfits(read_log(os.path.dirname(log_path)), best_step):
+    """Say it once where validation has risen since a step while training fell."""
+    global _has_warned
+    if not _has_warned and overfits(read_log(os.path.dirname(log_path)), best_step):
         print_line(OVERFITTING.format(best_step))
+        _has_warned = True
 
 
 def overfits(records, best_step):

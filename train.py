@@ -480,12 +480,12 @@ while True:
             if is_last or (step > 0 and (is_best or always_save_checkpoint)):
                 outcome = save_checkpoint(val_loss, must_succeed=is_last)
             report.print_validation(step, tokens_seen(), metrics, outcome)
-            if is_main and progress.evals_since_best == 2 and not is_last:
+            if is_main and progress.evals_since_best >= 2 and not is_last:
                 report.warn_of_overfitting(log_path, progress.best_step)
         elif stop_signal and is_new:
             outcome = save_checkpoint(None, must_succeed=True)
             report.print_line(f'{step:>9,}  {signal.Signals(stop_signal).name}, {outcome}')
-        if (eval_now or stop_signal) and is_main:
+        if is_main and (eval_now or (stop_signal and is_new)):
             report.update_plot(out_dir, step, is_last)
         if weights_now:
             outcome = save_checkpoint(val_loss, must_succeed=is_last, weights_only=True)

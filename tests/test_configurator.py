@@ -274,7 +274,7 @@ def test_configs_of_nanogpt_run_with_notes_on_what_is_not_needed(script, tmp_pat
     text = 'import time\neval_iters = 20\nwandb_log = False\nbatch_size = 64\n'
     (tmp_path / 'theirs.py').write_text(text)
     result = script('theirs.py')
-    assert value(result, 'batch_size') == 64 and 'eval_iters is not needed' in result.out
+    assert value(result, 'batch_size') == 64 and 'eval_iters is not needed' in result.err
 
 
 def test_help_prints_every_knob_with_its_default_and_comment(script):

@@ -78,7 +78,7 @@ def test_it_learns_and_the_scripts_work_from_the_command_line(tmp_path):
     flags = ['--out_dir=o', '--start=1 sheep', '--temperature=0', '--num_samples=1']
     third = command('sample.py', *flags, cwd=tmp_path)
     assert third.returncode == 0, third.stderr
-    assert not third.stderr
+    assert third.stderr == 'o/step_00000120, the best checkpoint\n'
     assert third.stdout.startswith('1 sheep jumped over the')
 
     lines = first.stdout.splitlines() + second.stdout.splitlines()
