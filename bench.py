@@ -117,6 +117,7 @@ def bench_compare():
     Losses are compared by Welch's test. What a recipe takes to the loss of the first is compared
     seed by seed, by the t-test of the logarithm of the ratio.
     """
+    compare.check_scipy()
     candidates = list_candidates()
     runs = {name: [] for name in candidates}  # {name: the evaluations of each seed}
     turns = list(itertools.product(range(1, seeds + 1), candidates))

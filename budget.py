@@ -19,8 +19,9 @@ class TimedSteps:
     optimizers and the scaler back to where they were.
     """
 
-    def __init__(self, minutes, model, optimizers, scaler):
+    def __init__(self, minutes, model, optimizers, scaler, compiles=False):
         self.seconds = 60 * minutes
+        self.compiles = compiles
         self.model = model
         self.optimizers = optimizers
         self.scaler = scaler
@@ -31,11 +32,12 @@ class TimedSteps:
     def count(self, clock):
         """Return how many steps fit into the minutes, or None while more have to be timed.
 
-        The first step, which may compile and finds no memory yet, counts only where it is long.
+        The first step, which finds no memory yet, counts only where it is long; one that compiles
+        never does.
         """
         self.ends.append(clock.measure())
         n_steps = len(self.ends) - 1
-        if n_steps == 0:
+        if n_steps == 0 or (n_steps == 1 and self.compiles):
             return None
         n_timed = max(1, n_steps - 1)
         begin = self.ends[-1 - n_timed]

@@ -301,7 +301,7 @@ def load_run(out_dir, config, data):
         raise UserError(f'{data.folder} has changed since {path} was saved: {how}.')
 
     ignored = ['init_from', 'out_dir', 'eval_only', 'max_epochs', 'max_minutes']
-    if config['max_epochs'] or config['max_minutes']:  # the run keeps its number of steps
+    if config.get('max_epochs') or config.get('max_minutes'):  # the run keeps its number of steps
         ignored += ['max_iters', 'lr_decay_iters']
     pairs = {name: (knobs.get(name), now) for name, now in config.items() if name not in ignored}
     changed = {name: (before, now) for name, (before, now) in pairs.items() if before != now}

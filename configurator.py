@@ -8,7 +8,7 @@ In a script, after the last knob:
 
 A config file is Python, run over the knobs (so it can compute with them): run only files you trust.
 Files and flags are taken in the order they are written, and later wins; a file sees all flags,
-those behind it as well, so that it can compute with them. A name that is not a knob
+also those behind it, so that it can compute with them. A name that is not a knob
 is an error, so is a value of another type than the default's; names that begin with `_` are a
 file's own scratch variables. Whatever is wrong ends the script with one sentence and status 1.
 """
@@ -70,16 +70,11 @@ def configure(script, args=None):
         _print_help(script, knobs, accepted)
         sys.exit(0)
 
-    flags = {}  # of the whole command line
-    for arg in [arg for arg in args if arg.startswith('--')]:
-        known = {name: v for name, v in _read_flag(arg, knobs, accepted).items() if name in knobs}
-        source = arg.partition('=')[0]
-        flags.update({n: _checked(source, n, v, accepted[n]) for n, v in known.items()})
-    for arg in args:
+    for place, arg in enumerate(args, 1):
         if arg.startswith('--'):
             given = _read_flag(arg, knobs, accepted)
         else:
-            given = _run_config_file(arg, knobs, accepted, flags)
+            given = _run_config_file(arg, knobs, accepted, args[place:])
         source = arg.partition('=')[0]
         for name, value in given.items():
             if name in NANOGPT_ONLY:
@@ -194,10 +189,10 @@ def _refuse_yaml(path, source, knobs, accepted):
             raise UserError(f'{path}: {name}: {text} is not Python: write {name} = {value!r}.')
 
 
-def _run_config_file(path, knobs, accepted, flags):
+def _run_config_file(path, knobs, accepted, later):
     """Return {name: value} of what a config file sets.
 
-    It sees the knobs as they are so far, and as flags set them that come later.
+    It sees the knobs as they are so far, and as the flags in `later` set them.
     """
     if path.lower().endswith(tuple(OTHER_FORMATS.split())):
         example = 'Config files are Python: batch_size = 4.'
@@ -210,7 +205,11 @@ def _run_config_file(path, knobs, accepted, flags):
         raise UserError(f'The config file {path} cannot be read as UTF-8 text: {error}') from None
 
     _refuse_yaml(path, source, knobs, accepted)
-    seen = {**knobs, **flags}
+    seen = dict(knobs)
+    for arg in [arg for arg in later if arg.startswith('--')]:
+        for name, value in _read_flag(arg, knobs, accepted).items():
+            if name in knobs:  # else configure() will know what to say
+                seen[name] = _checked(arg.partition('=')[0], name, value, accepted[name])
     variables = {**seen, '__file__': path, '__name__': 'config'}
     try:
         exec(compile(source, path, 'exec'), variables)

@@ -297,17 +297,17 @@ def print_plan(config):
     held = rows['DDP']
     saved = held['weights'] + held['optimizer']
     room = memory_of_this_machine() if gpu == 'CPU' else GPUS[gpu][1]
-    seconds, how = None, 'not measured: the model does not fit into memory'
     measured_gib = None
-    if gpu == 'CPU' and held['peak'] < room * 2**30:
+    if gpu != 'CPU':
+        seconds, how = compute_step(model, config)
+    elif held['peak'] >= room * 2**30:
+        seconds, how = None, 'not measured: the model does not fit into memory'
+    else:
         seconds, measured_gib = time_step(model.config, config)
         seconds /= config['plan_gpus']
-        how = 'on this machine, of which a micro-step was timed'
+        how = 'on this machine, by some steps here'
         if config['plan_gpus'] > 1:
-            n = config['plan_gpus']
-            how = f'on {n} machines like this one, of which a micro-step was timed'
-    elif gpu != 'CPU':
-        seconds, how = compute_step(model, config)
+            how = f'on {config["plan_gpus"]} machines like this one, by some steps here'
     config = config | {'max_iters': count_steps(config, data, seconds)}
     print_size(model, data, missing, config)
     print_time(config, seconds, how)
@@ -479,7 +479,7 @@ def print_memory(rows, config, room, measured_gib=None):
     for name, row in rows.items():
         cells = ''.join(f'{row[key] / size:>{width}.2f}' for key, width in COLUMNS.items())
         print(f'        {name:16}{cells}')
-    if measured_gib is not None:
+    if measured_gib is not None and math.isfinite(measured_gib):
         measured = f'{measured_gib * 2**30 / size:.2f}'
         print(f'        {measured} when it was timed, with the freed memory that is kept')
     too_large = [name for name, row in rows.items() if row['peak'] > room * 2**30]

@@ -105,6 +105,7 @@ def print_to_stderr(on):
     global _record_file
     if on:
         _record_file = sys.stdout
+    if on and os.environ.get('RANK', '0') == '0':  # the other processes print nowhere
         sys.stdout = sys.stderr
 
 
@@ -191,9 +192,6 @@ def print_summary(out_dir, progress, n_tokens, model, device):
     For programs the same is the last record of its log.
     """
     log_path = os.path.join(out_dir, 'log.jsonl')
-    records = []
-    if os.path.isfile(log_path):  # it may have been deleted
-        records = [record for _, record in _read_lines(log_path)]
     final = {
         'val_loss': last_value(log_path, 'val_loss'),
         'bits_per_byte': last_value(log_path, 'bits_per_byte'),
@@ -202,16 +200,20 @@ def print_summary(out_dir, progress, n_tokens, model, device):
         'tokens': n_tokens, 'parameters': model.count_parameters(),
         'gib': runtime.peak_memory_gib(device),
     }  # fmt: skip
+    final = {name: value for name, value in final.items() if _is_json(value)}
     log(log_path, step=progress.step, final=final)
-    best = f'{final["best_val_loss"]:.4f}, at step {final["best_step"]:,}'
+    best = f'{progress.best_val_loss:.4f}, at step {progress.best_step:,}'
+    sampled = ': that checkpoint is sampled'
+    if progress.best_step == 0:
+        sampled = ', before any training'
     print_line(
         f'\n{final["tokens"]:,} tokens in {duration(final["seconds"])} of training.\n'
-        f'Best validation loss {best}: that checkpoint is sampled.\n'
+        f'Best validation loss {best}{sampled}.\n'
         f'{out_dir} has the checkpoints, loss.png and log.jsonl. Sample from it with:\n'
         f'python sample.py --out_dir={shlex.quote(out_dir)}'
     )
-    if overfits(records, final['best_step']):
-        print_line(OVERFITTING.format(final['best_step']))
+    if overfits(_all_records(log_path), progress.best_step):
+        print_line(OVERFITTING.format(progress.best_step))
     if _record_file:
         print(json.dumps(final), flush=True, file=_record_file)
 
@@ -227,7 +229,7 @@ OVERFITTING = (
 def warn_of_overfitting(log_path, best_step):
     """Say it once where validation has risen since a step while training fell."""
     global _has_warned
-    if not _has_warned and overfits(read_log(os.path.dirname(log_path)), best_step):
+    if not _has_warned and overfits(_all_records(log_path), best_step):
         print_line(OVERFITTING.format(best_step))
         _has_warned = True
 
@@ -237,6 +239,8 @@ def overfits(records, best_step):
     validation = [r['val_loss'] for r in records if r.get('val_loss') and r['step'] >= best_step]
     training = [(r['step'], r['loss']) for r in records if r.get('loss')]
     before = [loss for step, loss in training if step <= best_step]
+    if best_step == 0:  # there is no loss before it
+        before = [loss for _, loss in training[:1]]
     after = [loss for step, loss in training if step > best_step]
     if not before or not after or len(validation) < 3:
         return False
@@ -245,10 +249,10 @@ def overfits(records, best_step):
     return has_fallen and validation[-1] > 1.005 * validation[0]
 
 
-def print_stopped(out_dir):
+def print_stopped(out_dir, has_checkpoint):
     """Print how a run that a signal has ended goes on."""
     how = 'Nothing was to be saved yet.'
-    if any(name.startswith('step_') for name in os.listdir(out_dir)):
+    if has_checkpoint:
         config = shlex.quote(os.path.join(out_dir, 'config.py'))
         how = f'Resume with: python train.py {config} --init_from=resume'
     print_line(how)
@@ -323,12 +327,23 @@ def read_log(folder):
     return records
 
 
-def last_value(path, name):
-    """Return the last value of this name in a log; None where there is none."""
+def _all_records(path):
+    """Return the records of a log; none where it was deleted."""
+    return [record for _, record in _read_lines(path)] if os.path.isfile(path) else []
+
+
+def _is_json(value):
+    """Return whether a figure can be written as JSON, which has neither NaN nor infinity."""
+    return value is None or math.isfinite(value)
+
+
+def last_value(path, name, last_step=math.inf):
+    """Return the last value of this name in a log, up to a step; None where there is none."""
     value = None
     if os.path.isfile(path):
         for _, record in _read_lines(path):
-            value = record.get(name, value)
+            if record['step'] <= last_step:
+                value = record.get(name, value)
     return value
 
 

@@ -44,7 +44,7 @@ early_stopping_patience: int | None = None  # end after this many evaluations wi
 sample_interval: int | None = None  # steps between samples, on the terminal and in the log
 sample_prompt = '\n'  # the prompt of the samples
 tracker: Literal['none', 'tensorboard', 'wandb'] = 'none'  # where else the log goes
-format: Literal['text', 'json'] = 'text'  # json: the last record is all that is on standard output
+format: Literal['text', 'json'] = 'text'  # json: of a finished run, its last record, and no more
 log_norms = False  # log the norms of the parameters and gradients of each block, too
 max_skipped_steps = 20  # end after this many steps in a row whose loss or gradient is not finite
 seed = 1337  # everything random follows from it and the position in the run
@@ -201,17 +201,17 @@ else:
 has_budget = max_epochs is not None or max_minutes is not None
 
 
-def set_length(n_steps):
+def set_length(n_steps, n_decay_steps=None):
     """Fix the number of steps, also for whoever repeats the run from its config.py."""
     global max_iters, lr_decay_iters
     max_iters = n_steps
-    lr_decay_iters = None  # the decay ends with the run
-    budget = {'max_iters': n_steps, 'max_epochs': None, 'max_minutes': None}
-    run_config.update(budget, lr_decay_iters=None)
+    lr_decay_iters = n_decay_steps  # None: the decay ends with the run
+    run_config.update(max_iters=n_steps, lr_decay_iters=n_decay_steps)
+    run_config.update(max_epochs=None, max_minutes=None)
 
 
 if has_budget and resuming:
-    set_length(saved.meta['config']['max_iters'])
+    set_length(saved.meta['config']['max_iters'], saved.meta['config']['lr_decay_iters'])
 elif max_epochs is not None:
     set_length(data.steps(max_epochs, windows_per_step))
 
@@ -393,12 +393,10 @@ if optimizer == 'muon':
 if resuming:
     lr = lr_multiplier(progress.step) * learning_rate
     is_complete = progress.step >= max_iters and not eval_only
-    report.print_resumed(saved, lr, report.last_value(log_path, 'lr'), is_complete)
+    report.print_resumed(saved, lr, report.last_value(log_path, 'lr', progress.step), is_complete)
 
 if writes:
     checkpoint.lock_folder(out_dir)
-    report.start_tracker(tracker, out_dir, run_config, progress.step)
-    report.truncate_log(log_path, progress.step, progress.last_eval_step)
 if not eval_only:
     runtime.install_signal_handlers()
 
@@ -409,6 +407,8 @@ def begin():
         factors = (batch_size, gradient_accumulation_steps, block_size)
         report.print_length(max_iters, factors, data.epochs(max_iters * windows_per_step))
     if writes:
+        report.start_tracker(tracker, out_dir, run_config, progress.step)
+        report.truncate_log(log_path, progress.step, progress.last_eval_step)
         report.write_config(os.path.join(out_dir, 'config.py'), run_config, progress.step)
     report.print_headings(peak_flops)
 
@@ -420,7 +420,7 @@ if peak_flops:
 
 timed_steps = None  # with max_minutes
 if max_minutes is not None and not resuming and not eval_only:
-    timed_steps = TimedSteps(max_minutes, model, optimizers, scaler)
+    timed_steps = TimedSteps(max_minutes, model, optimizers, scaler, compiles)
 else:
     begin()
 
@@ -444,7 +444,7 @@ while True:
 
     # After the last step the loop is entered once more, to evaluate and save the final weights.
     step = progress.step
-    done = step >= max_iters or out_of_patience()
+    done = timed_steps is None and (step >= max_iters or out_of_patience())
     # A signal that any process received, or 0. With several it comes one iteration late, so that
     # nobody waits, and all stop at the same step.
     stop_signal = parallel.async_max(runtime.stop)
@@ -583,7 +583,7 @@ while True:
 
 report.finish()
 if stop_signal and not done:
-    report.print_stopped(out_dir)
+    report.print_stopped(out_dir, bool(checkpoint.checkpoints(out_dir)))
     parallel.exit(128 + stop_signal)  # returns only in a single process
     sys.exit(128 + stop_signal)
 if not eval_only:

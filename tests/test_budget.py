@@ -194,7 +194,7 @@ def test_a_signal_while_steps_are_timed_saves_nothing(run, sheep, tmp_path, monk
     result = train(run, '--max_minutes=10', code=128 + signal.SIGTERM)
     assert 'Nothing was to be saved yet.' in result.out
     assert not list((tmp_path / 'out').glob('step_*'))
-    assert not (tmp_path / 'out' / 'log.jsonl').read_text()
+    assert not (tmp_path / 'out' / 'log.jsonl').exists()
     assert not result.has_traceback
 
 
@@ -218,6 +218,14 @@ def count(self, clock):
 budget.TimedSteps.count = count
 runpy.run_path({root!r} + '/train.py', run_name='__main__')
 """
+
+
+def test_a_recipe_shorter_than_the_timing_is_trained(run, sheep, tmp_path):
+    """max_iters of the recipe does not end the steps that are timed."""
+    result = run('train.py', '--dataset=sheep', *TINY, '--max_iters=2', '--max_minutes=0.01')
+    assert result.code == 0, result.err
+    assert list((tmp_path / 'out').glob('step_*')), result.out
+
 
 
 @pytest.mark.slow
@@ -414,7 +422,7 @@ FALLING = {5: 3.0, 10: 2.5, 15: 2.0, 25: 1.5, 35: 1.0}
         ({0: 5.0, 10: 2.0, 20: 2.1, 30: 2.2}, {5: 3.0, 15: 3.5, 25: 3.6}, False),  # it diverges
         ({0: 5.0, 10: 2.0, 20: 2.1, 30: 2.2}, {}, False),
         ({0: 5.0, 10: 2.0, 20: 2.1, 30: 2.2}, {5: None, 15: None}, False),
-        ({0: 1.0, 10: 2.0, 20: 2.1, 30: 2.2}, FALLING, False),  # from the start: not learned
+        ({0: 1.0, 10: 2.0, 20: 2.1, 30: 2.2}, FALLING, True),  # from the start, as in fine-tuning
     ],
 )
 def test_overfitting_is_validation_up_and_training_down(validation, training, expected):

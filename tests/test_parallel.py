@@ -133,7 +133,7 @@ def test_frozen_blocks_are_frozen_in_every_process(sheep, tmp_path, more):
 def test_dropout_does_not_depend_on_the_number_of_processes(run, sheep, tmp_path):
     flags = [*FLAGS, '--dropout=0.2', '--max_iters=10', '--log_interval=1']
     alone = train_alone(run, tmp_path, *flags)
-    assert torchrun(2, *flags, cwd=tmp_path).returncode == 0
+    assert in_ranks(2, 'train.py', *flags, cwd=tmp_path).returncode == 0
     assert_same_run(alone, tmp_path / 'out', 10)
 
 

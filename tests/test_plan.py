@@ -153,7 +153,9 @@ def assert_same_memory(pairs):
         ('llama', 'adamw', 64, 8),
         # halves of the matrices for each
         pytest.param('llama', 'muon', 2, 1, marks=pytest.mark.slow),
-        ('llama', 'muon', 64, 8),  # one for two devices, padding for the others
+        # one for two devices, padding for the others
+        pytest.param('llama', 'muon', 64, 8, marks=pytest.mark.slow),
+        ('gpt2', 'muon', 8, 1),
     ],
 )
 def test_planned_memory_is_what_a_rank_holds(name, optimizer, ranks, replicas):
@@ -386,7 +388,7 @@ def test_every_gpu_has_lines_of_80_columns(sheep, run, monkeypatch, gpu):
 def test_this_cpu_is_timed(sheep, run):
     result = run('train.py', '--plan', '--dataset=sheep', *TINY, '--plan_gpu=CPU')
     assert result.code == 0, result.err
-    assert ' on this machine, of which a micro-step was timed, ' in result.out
+    assert ' on this machine, by some steps here, ' in result.out
     assert 'float32, not compiled; CPU has ' in result.out
     assert re.search(r'\n {8}[\d.]+ when it was timed, with the freed memory', result.out)
     assert not [line for line in result.out.splitlines() if len(line) > 80]
