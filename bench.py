@@ -125,6 +125,7 @@ def bench_compare():
         path, flags = candidates[name]
         evals = train_evals(path, seed, *flags)
         runs[name].append(evals)
+        print(f'seed {seed}, {name}: {evals[-1]["val_loss"]:.4f}', file=sys.stderr, flush=True)
     width = max(map(len, runs))
     print(f'{"":{width}}{"loss":>9}{"+-":>8}{"bits per byte":>15}{"steps":>8}{"seconds":>9}')
     rows = {name: compare.summarize(of_seeds) for name, of_seeds in runs.items()}

@@ -7,6 +7,7 @@ the run has a fixed number of steps, which its config.py keeps.
 import torch
 
 import parallel
+import report
 
 MOST_STEPS = 100  # are timed
 FRACTION = 0.05  # of the minutes, for timing them
@@ -47,6 +48,7 @@ class TimedSteps:
         enough = FRACTION * self.seconds if n_steps > 1 else self.seconds / 2
         if n_timed * seconds < enough and n_steps < MOST_STEPS:
             return None
+        report.print_line(f'timed   {n_timed} steps of {seconds:.3g} s each, and undone')
         self.undo()
         return max(1, round(self.seconds / seconds))
 

@@ -245,7 +245,9 @@ def overfits(records, best_step):
     if not before or not after or len(validation) < 3:
         return False
     before = before[-len(after) :]
-    has_fallen = sum(after) / len(after) < sum(before) / len(before)
+    now = sum(after) / len(after)
+    # Training above validation is noise, or dropout.
+    has_fallen = now < min(sum(before) / len(before), validation[0])
     return has_fallen and validation[-1] > 1.005 * validation[0]
 
 

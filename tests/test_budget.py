@@ -416,13 +416,14 @@ FALLING = {5: 3.0, 10: 2.5, 15: 2.0, 25: 1.5, 35: 1.0}
 @pytest.mark.parametrize(
     ('validation', 'training', 'expected'),
     [
-        ({0: 5.0, 10: 2.0, 20: 2.1, 30: 2.2}, FALLING, True),
+        ({0: 5.0, 10: 2.6, 20: 2.7, 30: 2.8}, FALLING, True),
         ({0: 5.0, 10: 2.0, 20: 2.1}, FALLING, False),  # one evaluation since
         ({0: 5.0, 10: 2.0, 20: 2.001, 30: 2.009}, FALLING, False),  # no more than noise
         ({0: 5.0, 10: 2.0, 20: 2.1, 30: 2.2}, {5: 3.0, 15: 3.5, 25: 3.6}, False),  # it diverges
         ({0: 5.0, 10: 2.0, 20: 2.1, 30: 2.2}, {}, False),
         ({0: 5.0, 10: 2.0, 20: 2.1, 30: 2.2}, {5: None, 15: None}, False),
-        ({0: 1.0, 10: 2.0, 20: 2.1, 30: 2.2}, FALLING, True),  # from the start, as in fine-tuning
+        ({0: 3.0, 10: 3.1, 20: 3.2, 30: 3.3}, FALLING, True),  # from the start, as in fine-tuning
+        ({0: 5.0, 10: 1.0, 20: 1.1, 30: 1.2}, FALLING, False),  # below the training loss: noise
     ],
 )
 def test_overfitting_is_validation_up_and_training_down(validation, training, expected):
