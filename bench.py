@@ -183,10 +183,10 @@ def bench_race():
     print_race_row('seed', 'final loss, time', 'final loss, time', "baseline's loss", 'speedup')
     rows = []
     for seed in range(1, repeats + 1):
-        target, baseline_seconds = train(baseline_path, seed)[-1]
-        recipe_evals = train(recipe_path, seed, '--eval_interval=10')
-        final_loss, recipe_seconds = recipe_evals[-1]
-        reached = [seconds for loss, seconds in recipe_evals if loss <= target]
+        target, baseline_seconds = loss_and_seconds(train_evals(baseline_path, seed)[-1])
+        recipe_evals = train_evals(recipe_path, seed, '--eval_interval=10')
+        final_loss, recipe_seconds = loss_and_seconds(recipe_evals[-1])
+        reached = [e['train_seconds'] for e in recipe_evals if e['val_loss'] <= target]
         seconds = reached[0] if reached else math.inf
         speedup = baseline_seconds / seconds
         rows.append({  # JSON has no infinity
@@ -214,10 +214,8 @@ def find_config(name):
     raise UserError(f'There is no config file {name}.')
 
 
-def train(config, seed, *flags):
-    """Train with a config file. Returns [(validation loss, seconds of training)], in order."""
-    evals = train_evals(config, seed, *flags)
-    return [(record['val_loss'], record['train_seconds']) for record in evals]
+def loss_and_seconds(record):
+    return record['val_loss'], record['train_seconds']
 
 
 def train_evals(config, seed, *flags):

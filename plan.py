@@ -36,7 +36,7 @@ from model import GPT, MAX_FILE, MAX_LOGITS, PUBLISHED, GPTConfig, find_pretrain
 from optim import freeze, make_optimizers, parameter_groups
 from parallel import check_division
 from report import duration
-from runtime import GPUS, UserError, keep_freed_memory, make_autocast, peak_memory_gib
+from runtime import GPUS, UserError, find_gpu, keep_freed_memory, make_autocast, peak_memory_gib
 
 # The columns of the table of memory, and their widths.
 COLUMNS = {
@@ -273,11 +273,10 @@ def print_plan(config):
 
     Raises UserError for what a run would refuse, and for a plan_gpu that is not known.
     """
-    gpu = config['plan_gpu']
+    gpu = pick_gpu(config)
+    config = with_dtype(config | {'plan_gpu': gpu})
     replicas = config['fsdp_replicas']
     check_division(config['gradient_accumulation_steps'], config['plan_gpus'])
-    if gpu not in GPUS and gpu != 'CPU':
-        raise UserError(f"plan_gpu='{gpu}' must be one of: CPU, {', '.join(GPUS)}.")
     if config['plan_gpus'] % replicas:
         raise UserError(f'fsdp_replicas={replicas} must divide plan_gpus={config["plan_gpus"]}.')
 
@@ -290,13 +289,11 @@ def print_plan(config):
         model = GPT(shape)
     freeze(model, config['freeze'])
 
-    if config['dtype'] == 'auto':
-        config = config | {'dtype': DTYPES.get(gpu, 'bfloat16')}
     print_model(model)
     rows = memory_rows(model, config)
     held = rows['DDP']
     saved = held['weights'] + held['optimizer']
-    room = memory_of_this_machine() if gpu == 'CPU' else GPUS[gpu][1]
+    room = room_gib(gpu)
     measured_gib = None
     if gpu != 'CPU':
         seconds, how = compute_step(model, config)
@@ -321,6 +318,31 @@ def print_plan(config):
     print(f'host    {saved / 1e9:.2f} GB more of memory while a thread of the first process saves')
 
 
+def pick_gpu(config):
+    """Return what a plan is for: plan_gpu, or H100, or with max_minutes what is in this machine.
+
+    Raises UserError for one that is not known.
+    """
+    gpu = config['plan_gpu']
+    if gpu is None:
+        gpu = 'H100' if config['max_minutes'] is None else find_gpu(config['device'])
+    if gpu not in GPUS and gpu != 'CPU':
+        raise UserError(f"plan_gpu='{gpu}' must be, or be like, one of: CPU, {', '.join(GPUS)}.")
+    return gpu
+
+
+def with_dtype(config):
+    """Return a config whose dtype is that of its plan_gpu where it is 'auto'."""
+    if config['dtype'] != 'auto':
+        return config
+    return config | {'dtype': DTYPES.get(config['plan_gpu'], 'bfloat16')}
+
+
+def room_gib(gpu):
+    """Return the GiB of memory of a device."""
+    return memory_of_this_machine() if gpu == 'CPU' else GPUS[gpu][1]
+
+
 def print_model(model):
     shape = model.config
     size = f'{shape.n_layer} layers, {shape.n_head} heads, n_embd {shape.n_embd}'
@@ -332,17 +354,18 @@ def count_steps(config, data, seconds):
 
     Raises UserError where a budget cannot be planned.
     """
+    limits = []
     if config['max_epochs'] is not None:
         if data is None:
             dataset = config['dataset']
             raise UserError(f'max_epochs of {dataset} cannot be planned: prepare it first.')
         windows_per_step = config['batch_size'] * config['gradient_accumulation_steps']
-        return data.steps(config['max_epochs'], windows_per_step)
+        limits.append(data.steps(config['max_epochs'], windows_per_step))
     if config['max_minutes'] is not None:
         if seconds is None:
             raise UserError('max_minutes cannot be planned: the time of a step is not known.')
-        return max(1, round(60 * config['max_minutes'] / seconds))
-    return config['max_iters']
+        limits.append(max(1, round(60 * config['max_minutes'] / seconds)))
+    return min(limits) if limits else config['max_iters']
 
 
 def print_size(model, data, missing, config):
@@ -400,10 +423,10 @@ def print_time(config, seconds_per_step, how):
         print(f'price   {total:,.2f} at {price:g} per device and hour')
 
 
-def time_step(shape, config):
+def time_step(shape, config, at_most=5):
     """Return the seconds of a step on this machine, and the GiB that it adds to the process.
 
-    Micro-steps and updates are timed, for some five seconds where they are short.
+    Micro-steps and updates are timed, for at_most so many seconds where they are short.
     """
     keep_freed_memory()
     torch.nn.Linear(256, 256)(torch.ones(256, 256)).sum().backward()  # torch loads more of itself
@@ -431,7 +454,7 @@ def time_step(shape, config):
     update()
     started = time.perf_counter()
     micro_steps, updates = [], []
-    while not updates or (time.perf_counter() < started + 5 and len(updates) < 20):
+    while not updates or (time.perf_counter() < started + at_most and len(updates) < 20):
         micro_steps.append(micro_step(idx))
         updates.append(update())
     seconds = config['gradient_accumulation_steps'] * statistics.median(micro_steps)

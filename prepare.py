@@ -65,7 +65,7 @@ val_input: str | None = None  # your own files and folders for validation
 extensions: str | None = None  # what to take in folders, '.py,.rs'; None: texts and tables
 name: str | None = None  # write to data/NAME; None: named after the corpus or the first file
 tokenizer = 'bpe'  # 'bpe', 'char', 'byte', 'gpt2', a folder that has one, or ORG/NAME of the Hub
-vocab_size = 4096  # of a bpe vocabulary
+vocab_size: int | None = None  # of a bpe vocabulary; None: by the size of the text, 4096 at most
 val_fraction: float | None = None  # for validation; None: 0.1, at most 10 MB; streaming 0.0005
 max_tokens: int | None = None  # to train on, up to a document's end or a megabyte more; None: all
 seed = 1337  # of the draw that decides which documents are for validation
@@ -206,7 +206,18 @@ def make_tokenizer(parts, column, facts):
     elif 'val' in parts:
         more = (text for part in parts['val'] for text, _ in sources.read_part(part, column))
         texts = itertools.chain(texts, filter(None, more))
-    return tokenizers.build(tokenizer, texts, vocab_size, end_of_text=facts['several'])
+    size = vocab_size or suitable_vocabulary(facts['n_bytes'])
+    return tokenizers.build(tokenizer, texts, size, end_of_text=facts['several'])
+
+
+def suitable_vocabulary(n_bytes):
+    """Return the size of a bpe vocabulary for a text: 2.5 sqrt(bytes), rounded to a power of two.
+
+    A token that is seen a few times only is not learned. 4,096, from 1.4 MB on, are enough for
+    models of a laptop; large ones want more. n_bytes: None where it is not known, and so is much.
+    """
+    exponent = round(math.log2(2.5 * math.sqrt(n_bytes))) if n_bytes else math.inf
+    return 2 ** max(9, min(12, exponent))
 
 
 def read_batches(parts, column, encoding, division, last):

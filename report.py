@@ -91,13 +91,17 @@ def print_length(n_steps, factors, epochs):
     print_line(f'steps   {n_steps:,}, each {each} = {tokens:,} tokens: {total}')
 
 
-def print_estimate(seconds, n_steps):
+def print_estimate(seconds, n_steps, dataset):
     """Say after the first micro-batch how long a step will take, and the run, where it is long."""
     if seconds > 10:
         total = f', about {duration(n_steps * seconds)} in all' if n_steps > 1 else ''
         print_line(f'        about {duration(seconds)} a step here{total}')
     if n_steps * seconds > DAY:
-        print_line('        a model for a laptop: python train.py config/train_shakespeare.py')
+        name = shlex.quote(f'--dataset={dataset}')
+        print_line(
+            '        A model for ten minutes of this machine:\n'
+            f'        python train.py config/fit.py --max_minutes=10 {name}'
+        )
 
 
 def print_to_stderr(on):

@@ -175,6 +175,13 @@ def request_stop(number, frame):
 # device and precision
 
 
+def first_device():
+    """Return the first of DEVICES that there is."""
+    import torch
+
+    return next(kind for kind in DEVICES if torch.get_device_module(kind).is_available())
+
+
 def pick_device(name):
     """Return the device for a knob: 'auto' is the first there is of DEVICES.
 
@@ -184,8 +191,7 @@ def pick_device(name):
     import torch
 
     if name == 'auto':
-        available = [kind for kind in DEVICES if torch.get_device_module(kind).is_available()]
-        name = available[0]
+        name = first_device()
         if name == 'cpu':
             check_driver()
     kind = name.partition(':')[0]
@@ -289,20 +295,31 @@ def synchronize(device):
 
 def peak_flops(device, dtype):
     """Return a device's 16-bit FLOP/s by its data sheet; None: not in GPUS, or dtype is float32."""
+    gpu = find_gpu(device)
+    if gpu not in GPUS or dtype == 'float32':
+        return None
+    tflops, _ = GPUS[gpu]
+    return tflops * 1e12
+
+
+def find_gpu(device):
+    """Return the name in GPUS of a device, as knobs name it; 'CPU', or None where it has none."""
     import torch
 
-    if torch.device(device).type != 'cuda' or dtype == 'float32':
-        return None
+    if device == 'auto':
+        device = first_device()
+    kind = torch.device(device).type
+    if kind != 'cuda':
+        return 'CPU' if kind == 'cpu' else None
     words = torch.cuda.get_device_name(device).replace('RTX ', 'RTX').replace('-', ' ').split()
-    known = [GPUS[word] for word in words if word in GPUS]
+    known = [word for word in words if word in GPUS]
     # A card with one of these words in its name is not as fast as its namesake.
     others = {'PCIe', 'PCIE', 'NVL', 'Laptop', 'Max', 'D', 'Ti', 'SUPER', 'MIG'}
     if 'A100' in words:
         others -= {'PCIe', 'PCIE'}  # this card has the same peak
     if not known or others.intersection(words):
         return None
-    tflops, _ = known[0]
-    return tflops * 1e12
+    return known[0]
 
 
 # -----------------------------------------------------------------------------

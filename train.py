@@ -71,7 +71,7 @@ muon_lr = 0.02  # Muon's peak; the same value is good for every n_embd
 muon_momentum = 0.95  # Muon's momentum
 max_iters = 600000  # steps, that is optimizer updates
 max_epochs: float | None = None  # instead of max_iters: times through the text
-max_minutes: float | None = None  # instead of both: of training; some steps are timed first
+max_minutes: float | None = None  # or of training, for which steps are timed; the shorter of both
 weight_decay = 1e-1  # of matrices and embeddings, not of norms and biases
 beta1 = 0.9  # AdamW's
 beta2 = 0.95  # AdamW's
@@ -94,7 +94,7 @@ fsdp_replicas = 1  # groups of processes that each shard all of it, such as one 
 # dry run
 plan = False  # do not train, print memory, time and cost
 plan_gpus = 1  # devices to plan for
-plan_gpu = 'H100'  # or A100, RTX4090, M1, ..., see runtime.py; CPU: this machine, timed
+plan_gpu: str | None = None  # H100, RTX4090, ...; CPU: timed; None: H100, max_minutes: this one
 plan_mfu = 0.4  # assumed MFU
 plan_price: float | None = None  # of a device and hour, in any currency
 plan_network: float | None = None  # GB/s that each device can send to the others
@@ -113,8 +113,6 @@ check_range(config, 1e-6, 10**9, 'plan_price plan_network max_epochs max_minutes
 check_range(config, 1, block_size, 'stride')
 if not out_dir:
     raise UserError('out_dir is empty: name a folder.')
-if max_epochs is not None and max_minutes is not None:
-    raise UserError('Give max_epochs or max_minutes, not both.')
 report.print_to_stderr(format == 'json')
 
 if plan:
@@ -436,7 +434,7 @@ while True:
     n_steps = timed_steps.count(clock) if timed_steps else None
     if n_steps:
         timed_steps = None
-        set_length(n_steps)
+        set_length(n_steps if max_epochs is None else min(n_steps, max_iters))
         skipped = optim.SkippedSteps(my_device)
         progress = checkpoint.Progress()
         clock = runtime.Stopwatch(my_device)
@@ -526,7 +524,7 @@ while True:
         if step == first_step and micro_step == parallel.rank and not compiles:
             seconds = (clock.measure() - progress.train_seconds) * micro_batches_per_process
             n_left = max_iters - step if timed_steps is None else 1
-            report.print_estimate(seconds, n_left)
+            report.print_estimate(seconds, n_left, dataset)
         report.show_micro_batch(micro_step + 1, gradient_accumulation_steps)
     loss = parallel.all_reduce_sum(loss)
 

@@ -103,13 +103,6 @@ def test_epochs_of_a_mixture_are_those_of_its_largest_share(run, sheep, tmp_path
     assert ', 0.25 and 0.' in result.out
 
 
-def test_epochs_and_minutes_together_are_one_sentence(run, sheep, tmp_path):
-    result = train(run, '--max_epochs=1', '--max_minutes=1', code=1)
-    assert result.is_one_sentence
-    assert 'Give max_epochs or max_minutes, not both.' in result.err
-    assert not (tmp_path / 'out').exists()
-
-
 # -----------------------------------------------------------------------------
 # minutes
 
@@ -128,6 +121,14 @@ def test_minutes_are_a_run_that_can_be_repeated(run, sheep, tmp_path, paced, opt
     assert steps_of(again) == 12
     assert same(weights(tmp_path / 'out', 12), weights(tmp_path / 'again', 12))
     assert same(state_of(tmp_path / 'out', 12), state_of(tmp_path / 'again', 12))
+
+
+@pytest.mark.parametrize(('epochs', 'n_steps'), [(0.1, 8), (0.2, 12), (9, 12)])
+def test_of_epochs_and_minutes_the_shorter_counts(run, sheep, tmp_path, paced, epochs, n_steps):
+    flags = [f'--max_epochs={epochs}', '--max_minutes=0.4']
+    result = train(run, *flags)
+    assert steps_of(result) == n_steps
+    assert knobs_of(tmp_path / 'out') == fixed_length(n_steps)
 
 
 def test_timed_steps_leave_no_trace(run, sheep, tmp_path, paced, monkeypatch):
@@ -317,16 +318,16 @@ def test_undo_restores_the_model_optimizers_and_scaler():
     ],
 )
 def test_long_steps_are_announced(capsys, seconds, n_steps, expected):
-    report.print_estimate(seconds, n_steps)
+    report.print_estimate(seconds, n_steps, 'book')
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert lines == expected
 
 
 def test_a_run_of_days_is_told_of_a_smaller_model(capsys):
     for seconds, n_steps in ((0.5, 200_000), (4080, 600_000)):
-        report.print_estimate(seconds, n_steps)
+        report.print_estimate(seconds, n_steps, 'book')
         out = capsys.readouterr().out
-        (config,) = re.findall(r'python train.py (config/\S+)', out)
+        (config,) = re.findall(r'python train.py (config/\S+) .* --dataset=book\n', out)
         assert (ROOT / config).exists()
         assert max(map(len, out.splitlines())) <= 80
     assert 'about 1h08m a step here, about 28,333 days in all' in out
@@ -356,7 +357,7 @@ def test_the_first_micro_batch_says_how_long_a_step_takes(run, sheep, tmp_path, 
 def test_what_compiles_says_nothing_of_its_first_step(run, sheep, monkeypatch, compiles):
     called = []
 
-    def note(seconds, n_steps):
+    def note(seconds, n_steps, dataset):
         called.append(n_steps)
 
     monkeypatch.setattr(GPT, 'compile', lambda self: None)
@@ -549,15 +550,17 @@ def test_the_rates_of_both_optimizers_are_named(run, sheep):
 
 def test_a_plan_counts_epochs_and_minutes(run, sheep, tmp_path, monkeypatch):
     monkeypatch.setattr('plan.time_step', lambda shape, config: (0.25, 0.1))
+    flags = ['--plan', '--plan_gpu=CPU', '--max_epochs=2.3', '--max_minutes=0.25']
+    assert steps_of(train(run, *flags)) == 60, 'of both the shorter'
     epochs = train(run, '--plan', '--max_epochs=2.3')
     assert steps_of(epochs) == round(2.3 * WINDOWS / PER_STEP)
     assert '\n        2.31 epochs of it\n' in epochs.out
-    on_cpu = train(run, '--plan', '--plan_gpu=CPU', '--max_minutes=2')
+    on_cpu = train(run, '--plan', '--max_minutes=2', '--device=cpu')
     assert steps_of(on_cpu) == 480
     assert '\ntime    2m00s on this machine' in on_cpu.out
 
     flags = ['--plan', '--n_embd=512', '--n_layer=8', '--batch_size=64', '--block_size=512']
-    on_gpu = train(run, *flags, '--max_minutes=60')
+    on_gpu = train(run, *flags, '--plan_gpu=H100', '--max_minutes=60')
     n_steps = steps_of(on_gpu)
     assert '\ntime    1h00m on 1 x H100' in on_gpu.out
     rate = int(re.search(r'([\d,]+) tokens/s', on_gpu.out)[1].replace(',', ''))
@@ -573,7 +576,8 @@ def test_a_plan_of_epochs_needs_the_text(run, tmp_path):
 
 
 def test_a_plan_of_minutes_needs_the_time_of_a_step(run, sheep):
-    result = train(run, '--plan', '--dtype=float32', '--max_minutes=2', code=1)
+    flags = ['--plan_gpu=H100', '--dtype=float32', '--max_minutes=2']
+    result = train(run, '--plan', *flags, code=1)
     assert result.is_one_sentence
     assert 'max_minutes cannot be planned: the time of a step is not known.' in result.err
 

@@ -11,6 +11,7 @@ from model import PUBLISHED
 
 OVERLAYS = {'gpt2_medium', 'gpt2_large', 'gpt2_xl'}  # of train_gpt2.py
 CONFIGS = sorted(path.stem for path in (ROOT / 'config').glob('*.py'))
+CONFIGS.remove('fit')  # computes a recipe: test_dial.py
 SMOLLM2 = {  # what its config.json says of its shape
     'model_type': 'llama', 'hidden_size': 576, 'num_hidden_layers': 30, 'num_attention_heads': 9,
     'num_key_value_heads': 3, 'intermediate_size': 1536, 'vocab_size': 49152,

@@ -261,7 +261,7 @@ def test_a_plan_writes_nothing_and_what_cannot_fit_is_said(sheep, run, tmp_path)
 @pytest.mark.parametrize(
     ('flag', 'message'),
     [
-        ('--plan_gpu=H1000', "plan_gpu='H1000' must be one of: CPU, T4, "),
+        ('--plan_gpu=H1000', "plan_gpu='H1000' must be, or be like, one of: CPU, T4, "),
         (
             '--plan_gpus=3',
             'gradient_accumulation_steps=1 cannot be divided over 3 processes: use 3.',

@@ -618,3 +618,15 @@ def test_killed_at_any_instant_a_dataset_is_complete_or_absent(tmp_path):
             assert contents(folder) == whole
             Dataset('x', tmp_path / 'data', verify=True)
     assert killed >= 10 and complete >= 5
+
+
+def test_a_bpe_vocabulary_suits_the_size_of_the_text(run, tmp_path):
+    (tmp_path / 'x.txt').write_text(' '.join(f'{n} sheep' for n in range(4000)))  # 45 kB
+    result = run('prepare.py', '--input=x.txt', '--quiet')
+    assert 'x: bpe tokenizer, 512 tokens in its vocabulary' in result.out
+    suitable = result.globals['suitable_vocabulary']
+    sizes = {100: 512, 100_000: 1024, 500_000: 2048, 800_000: 2048, 5_057_813: 4096, 10**12: 4096}
+    assert {n_bytes: suitable(n_bytes) for n_bytes in sizes} == sizes
+    assert suitable(None) == 4096, 'of what is streamed'
+    result = run('prepare.py', '--input=x.txt', '--quiet', '--vocab_size=700')
+    assert 'x: bpe tokenizer, 700 tokens in its vocabulary' in result.out

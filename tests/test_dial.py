@@ -1,0 +1,205 @@
+"""The dial, config/fit.py: a recipe from a text, a machine and minutes."""
+
+import json
+import math
+import re
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, losses, records, same, weights
+
+import dial
+import plan
+import runtime
+from model import GPT, GPTConfig
+from runtime import UserError
+
+FIT = str(ROOT / 'config' / 'fit.py')
+SPEED = 60e9  # FLOP/s of the CPU that the tests suppose
+FIXED = 0.02  # seconds of a step, however small
+MINUTES = (0.1, 1, 3, 10, 30, 100, 300, 1000)
+TOKENS = (1_000, 30_000, 150_000, 1_300_000, 30_000_000, 3_000_000_000)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Have the dial suppose the time of a step, not measure it."""
+
+    def time_step(shape, config, at_most=5):
+        n_tokens = dial.tokens_per_step(config)
+        return FIXED + n_tokens * flops(shape) / SPEED, 0.1
+
+    monkeypatch.setattr(plan, 'time_step', time_step)
+
+
+def flops(shape):
+    """Of a token, about."""
+    return 6 * (12 * shape.n_layer * shape.n_embd**2 + shape.vocab_size * shape.n_embd)
+
+
+@pytest.fixture
+def choose(monkeypatch, run, quick):
+    """choose(n_tokens, minutes, **knobs): what the dial chooses for a text of so many tokens."""
+
+    def choose(n_tokens, minutes, n_vocab=4096, **knobs):
+        text = SimpleNamespace(
+            train=range(n_tokens),
+            val=range(min(3_000_000, n_tokens // 10)),
+            tokenizer=SimpleNamespace(n_vocab=n_vocab),
+        )
+        monkeypatch.setattr(dial, 'Dataset', lambda name: text)
+        config = {
+            'dataset': 'text', 'max_minutes': minutes, 'init_from': 'scratch', 'out_dir': 'out',
+            'plan': True, 'plan_gpus': 1, 'plan_gpu': 'CPU', 'plan_mfu': 0.4, 'dtype': 'auto',
+            'device': 'cpu', 'freeze': None, 'bias': True, 'n_kv_head': None,
+        }  # fmt: skip
+        return dial.choose(config | knobs)
+
+    return choose
+
+
+def size(recipe):
+    """Parameters in the blocks, about."""
+    return recipe['n_layer'] * recipe['n_embd'] ** 2
+
+
+def test_every_text_and_all_minutes_have_a_recipe(choose):
+    for n_tokens in TOKENS:
+        for minutes in MINUTES:
+            recipe = choose(n_tokens, minutes)
+            shape = {name: recipe[name] for name in ('n_layer', 'n_head', 'n_embd', 'block_size')}
+            GPTConfig(arch=recipe['arch'], vocab_size=4096, **shape)  # refuses what does not fit
+            assert recipe['block_size'] < n_tokens
+            assert recipe['eval_interval'] >= 1 <= recipe['log_interval']
+            assert 0 < recipe['learning_rate'] <= 0.01
+            assert dial.tokens_per_step(recipe) >= 2 ** round(math.log2(recipe['block_size']))
+
+
+def test_more_minutes_are_for_larger_models(choose):
+    for n_tokens in TOKENS:
+        sizes = [size(choose(n_tokens, minutes)) for minutes in MINUTES]
+        assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[3] < sizes[6], 'a large text leaves the minutes as the only limit'
+    batches = [dial.tokens_per_step(choose(3 * 10**9, minutes)) for minutes in MINUTES]
+    assert batches == sorted(batches)
+    assert batches[0] < batches[-1]
+
+
+def test_a_small_text_has_a_smaller_model(choose):
+    sizes = [size(choose(n_tokens, 1000)) for n_tokens in TOKENS]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[2] < sizes[-1]
+
+
+def test_epochs_are_few_enough_and_call_for_dropout(choose):
+    once = choose(30_000_000, 1)
+    often = choose(150_000, 100)
+    assert once['dropout'] == 0.0 < often['dropout']
+    assert often['max_epochs'] == dial.pick_epochs(150_000) < 100
+
+
+def test_gpus_train_what_the_literature_says(choose):
+    """On 8 H100 for 9 minutes: about 20 tokens per parameter, in memory, shared by all."""
+    knobs = {'plan_gpu': 'H100', 'plan_gpus': 8}
+    recipe = choose(10**11, 9, n_vocab=50257, **knobs)
+    names = ('n_layer', 'n_head', 'n_embd', 'block_size')
+    shape = GPTConfig(arch='qwen3', vocab_size=50257, **{name: recipe[name] for name in names})
+    with dial.torch.device('meta'):
+        model = GPT(shape)
+    n_parameters = model.count_parameters()
+    n_flops = 9 * 60 * 8 * 0.4 * 989e12
+    n_tokens = n_flops / model.flops_per_token()
+    assert 15 < n_tokens / n_parameters < 60
+    assert recipe['gradient_accumulation_steps'] % 8 == 0
+    assert recipe['learning_rate'] < 0.005
+    config = {'dtype': 'bfloat16', 'freeze': None, **recipe}
+    assert plan.dry_run(shape, config, False, 'gpu')['peak'] < 0.8 * 80 * 2**30
+    small = choose(10**11, 9, n_vocab=50257, plan_gpu='T4')
+    assert size(small) < size(recipe) / 20
+
+
+def test_it_knows_this_machine_by_its_name(monkeypatch):
+    config = {'plan_gpu': None, 'max_minutes': 5.0, 'device': 'auto'}
+    assert plan.pick_gpu(config | {'max_minutes': None}) == 'H100'
+    assert plan.pick_gpu(config | {'plan_gpu': 'T4'}) == 'T4'
+    monkeypatch.setattr(runtime, 'first_device', lambda: 'cuda')
+    names = {'NVIDIA GeForce RTX 4090': 'RTX4090', 'NVIDIA A100-SXM4-80GB': 'A100'}
+    for name, known in names.items():
+        monkeypatch.setattr(dial.torch.cuda, 'get_device_name', lambda device, name=name: name)
+        assert plan.pick_gpu(config) == known
+        assert plan.pick_gpu(config | {'device': 'cuda:1'}) == known
+        assert plan.pick_gpu(config | {'device': 'cpu'}) == 'CPU'
+    monkeypatch.setattr(dial.torch.cuda, 'get_device_name', lambda device: 'Another')
+    with pytest.raises(UserError, match='must be, or be like, one of: CPU'):
+        plan.pick_gpu(config)
+
+
+def test_a_run_by_the_dial_repeats_and_resumes(run, quick, sheep, tmp_path):
+    flags = [FIT, '--dataset=sheep', '--device=cpu']
+    result = run('train.py', *flags, '--max_minutes=0.01')
+    assert result.code == 0, result.err
+    assert 'fit     0.01 minutes on this CPU' in result.err
+    assert all(len(line) <= 80 for line in result.err.splitlines())
+    out = tmp_path / 'out-sheep'
+    last = max(losses(out))
+    assert last > 0
+
+    again = run('train.py', str(out / 'config.py'), '--out_dir=again')
+    assert again.code == 0, again.err
+    assert 'fit ' not in again.err
+    assert same(weights(tmp_path / 'again', last), weights(out, last))
+
+    # What is resumed is not chosen again; from scratch it is refused, before anything is timed.
+    resumed = run('train.py', *flags, '--max_minutes=9', '--init_from=resume')
+    assert resumed.code == 0, resumed.err
+    assert 'it has all its steps' in resumed.out
+    assert ' was ' not in resumed.out
+    refused = run('train.py', *flags, '--max_minutes=9')
+    assert refused.is_one_sentence
+    assert 'out-sheep holds a run' in refused.err
+
+
+def test_flags_override_what_it_chooses(run, quick, sheep, tmp_path):
+    flags = ['--dataset=sheep', '--max_minutes=0.01', '--out_dir=mine', '--n_embd=32', '--n_head=2']
+    result = run('train.py', FIT, *flags, '--format=json')
+    assert result.code == 0, result.err
+    assert 'n_embd 32:' in result.err
+    final = json.loads(result.out)
+    assert final['steps'] == max(losses(tmp_path / 'mine'))
+    assert records(tmp_path / 'mine')[0]['step'] == 0
+
+
+def test_a_plan_shows_what_it_chooses(run, quick, sheep):
+    flags = ['--dataset=sheep', '--max_minutes=2', '--plan']
+    result = run('train.py', FIT, *flags)
+    assert result.code == 0, result.err
+    assert 'CPU has' in result.out
+    (epochs,) = re.findall(r'([\d.]+) epochs of it', result.out)
+    assert 0 < float(epochs) <= dial.pick_epochs(9_840)
+    for gpus in ('--plan_gpus=2', '--plan_gpus=4'):
+        result = run('train.py', FIT, *flags, '--plan_gpu=A100', gpus)
+        assert result.code == 0, result.err
+        assert f'on {gpus[-1]} x A100' in result.out
+
+
+@pytest.mark.parametrize(
+    ('flags', 'said'),
+    [
+        ([], 'how long you can wait: --max_minutes=10'),
+        (['--max_minutes=1', '--init_from=gpt2'], 'take config/finetune.py'),
+        (['--max_minutes=1', '--dataset=goats'], 'data/goats has no train.bin'),
+        (['--max_minutes=1', '--plan', '--plan_gpu=Z80'], 'must be, or be like, one of: CPU'),
+        (['--max_minutes=1', '--plan', '--plan_gpus=2'], 'start it without torchrun'),
+    ],
+)
+def test_what_it_refuses(run, quick, sheep, flags, said):
+    result = run('train.py', FIT, '--dataset=sheep', *flags)
+    assert result.is_one_sentence, result.err
+    assert said in result.err
+
+
+def test_several_processes_on_a_cpu_are_refused(run, sheep, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')  # as under torchrun
+    result = run('train.py', FIT, '--dataset=sheep', '--max_minutes=1')
+    assert result.is_one_sentence, result.err
+    assert 'start it without torchrun' in result.err
