@@ -7,7 +7,6 @@
     python bench.py sample                    # GPT-2 124M generates one sequence
     python bench.py gpu                       # all that a GPU is to be measured with, ten minutes
     python bench.py prepare --corpus_mb=1000  # tokenizing a text with all cores
-    python bench.py data                      # reading batches, without a model
 """
 
 import runtime
@@ -28,7 +27,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -36,7 +34,6 @@ import compare
 import report
 import tokenizer
 from configurator import check_range, configure
-from data import count_windows, get_batch, training_order
 from inference import fast_cpu_decode, to_column_major
 from model import GPT, PUBLISHED, GPTConfig
 
@@ -45,8 +42,8 @@ SIZES = {**PUBLISHED, 'tiny': {'n_layer': 2, 'n_head': 2, 'n_embd': 64}}
 # -----------------------------------------------------------------------------
 size: Literal['gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', 'tiny'] = 'gpt2'  # of the model
 arch: Literal['gpt2', 'qwen3', 'llama'] = 'gpt2'  # its architecture
-batch_size: int | None = None  # step, data: sequences per batch; None: 16 on a GPU, else 1
-block_size = 1024  # step, data: tokens per sequence
+batch_size: int | None = None  # step: sequences per batch; None: 16 on a GPU, else 1
+block_size = 1024  # step: tokens per sequence
 prompt_tokens = 8  # sample: length of the prompt
 seeds = 5  # compare: how many of them each recipe is trained with
 grid: str | None = None  # compare: values of A's knobs, all with all: 'n_layer:2,3;dropout:0,0.1'
@@ -183,19 +180,18 @@ def bench_race():
     print_race_row('seed', 'final loss, time', 'final loss, time', "baseline's loss", 'speedup')
     rows = []
     for seed in range(1, repeats + 1):
-        target, baseline_seconds = loss_and_seconds(train_evals(baseline_path, seed)[-1])
-        recipe_evals = train_evals(recipe_path, seed, '--eval_interval=10')
-        final_loss, recipe_seconds = loss_and_seconds(recipe_evals[-1])
-        reached = [e['train_seconds'] for e in recipe_evals if e['val_loss'] <= target]
+        first = train_evals(baseline_path, seed)
+        second = train_evals(recipe_path, seed, '--eval_interval=10')
+        ends = [(evals[-1]['val_loss'], evals[-1]['train_seconds']) for evals in (first, second)]
+        reached = [e['train_seconds'] for e in second if e['val_loss'] <= first[-1]['val_loss']]
         seconds = reached[0] if reached else math.inf
-        speedup = baseline_seconds / seconds
+        speedup = first[-1]['train_seconds'] / seconds
         rows.append({  # JSON has no infinity
             'seed': seed, 'speedup': speedup, 'seconds': seconds if reached else None,
-            'baseline': [target, baseline_seconds], 'recipe': [final_loss, recipe_seconds],
+            'baseline': ends[0], 'recipe': ends[1],
         })  # fmt: skip
-        baseline_end = f'{target:.4f} in {baseline_seconds:.1f} s'
-        recipe_end = f'{final_loss:.4f} in {recipe_seconds:.1f} s'
-        print_race_row(seed, baseline_end, recipe_end, f'{seconds:.1f} s', f'{speedup:.2f} x')
+        cells = [f'{loss:.4f} in {end:.1f} s' for loss, end in ends]
+        print_race_row(seed, *cells, f'{seconds:.1f} s', f'{speedup:.2f} x')
     speedups = sorted(row['speedup'] for row in rows)
     median = statistics.median(speedups)
     print(f'speedup: median {median:.2f} x, from {speedups[0]:.2f} to {speedups[-1]:.2f}')
@@ -212,10 +208,6 @@ def find_config(name):
         if path.exists():
             return path
     raise UserError(f'There is no config file {name}.')
-
-
-def loss_and_seconds(record):
-    return record['val_loss'], record['train_seconds']
 
 
 def train_evals(config, seed, *flags):
@@ -546,37 +538,10 @@ def run_prepare(folder, cores):
 
 
 # -----------------------------------------------------------------------------
-# data
-
-
-def bench_data():
-    """Measure reading batches in their order, from 100 million random tokens, in one thread."""
-    rows = batch_size or 1
-
-    def read_batch(step):
-        window_ids = training_order(step * rows, rows, n_windows, seed=1)
-        get_batch(tokens, block_size, window_ids)
-
-    with tempfile.TemporaryFile() as file:
-        np.random.default_rng(0).integers(0, 50257, 10**8, dtype=np.uint16).tofile(file)
-        tokens = np.memmap(file, dtype=np.uint16, mode='r')
-        n_windows = count_windows(tokens, block_size)
-        seconds = [seconds_of('cpu', read_batch, step) for step in range(200 * repeats)]
-    median = statistics.median(seconds)
-    worst = max(seconds)
-    rate = rows * block_size / median
-    print(f'{rows} x {block_size} tokens: {1000 * median:.3f} ms, ', end='')
-    print(f'at worst {1000 * worst:.1f} ms\n{rate:,.0f} tokens/s')
-    return {'tokens_per_second': rate, 'median_seconds': median, 'worst_seconds': worst}
-
-
-# -----------------------------------------------------------------------------
 # run the benchmark that the command line names first
 
-BENCHMARKS = {
-    'race': bench_race, 'step': bench_step, 'sample': bench_sample, 'prepare': bench_prepare,
-    'data': bench_data, 'gpu': bench_gpu, 'compare': bench_compare,
-}  # fmt: skip
+MEASURES = (bench_race, bench_step, bench_sample, bench_prepare, bench_gpu, bench_compare)
+BENCHMARKS = {function.__name__.removeprefix('bench_'): function for function in MEASURES}
 
 _args = sys.argv[1:]
 if _args[:1] == ['measure_step']:  # this is a subprocess of `bench.py step`

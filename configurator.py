@@ -213,9 +213,9 @@ def _run_config_file(path, knobs, accepted, later):
     variables = {**seen, '__file__': path, '__name__': 'config'}
     try:
         exec(compile(source, path, 'exec'), variables)
-    except UserError:  # it says what is wrong itself
-        raise
     except (Exception, SystemExit) as error:  # whatever the user's code raises
+        if type(error).__name__ == 'UserError':  # runtime's or model's: a sentence as it is
+            raise
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         line = lines[-1] if lines else getattr(error, 'lineno', '?')  # a SyntaxError has no frame
         message = getattr(error, 'msg', error)

@@ -30,19 +30,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import runtime
 from data import Mixture, dataset_folder, list_folder, parse_mixture
 from inference import load_tokenizer
 from model import GPT, MAX_FILE, MAX_LOGITS, PUBLISHED, GPTConfig, find_pretrained, read_config
 from optim import freeze, make_optimizers, parameter_groups
 from parallel import check_division
 from report import duration
-from runtime import GPUS, UserError, find_gpu, keep_freed_memory, make_autocast, peak_memory_gib
+from runtime import GPUS, UserError, keep_freed_memory, make_autocast, peak_memory_gib
 
 # The columns of the table of memory, and their widths.
 COLUMNS = {
     'weights': 7, 'gradients': 10, 'optimizer': 10, 'activations': 12, 'loss etc.': 10, 'peak': 7,
 }  # fmt: skip
 MOST_LOGITS = 2**35  # more at once fit on no device
+LAUNCH = 0.01  # seconds of a step on a GPU, at least: its kernels have to be launched
 OWN_MODELS = ('scratch', 'resume', 'auto')  # init_from for a model that the knobs describe
 # What dtype='auto' is on them; on the others it is bfloat16.
 DTYPES = {'CPU': 'float32', 'M1': 'float32', 'M1Max': 'float32', 'M1Ultra': 'float32'}
@@ -324,18 +326,17 @@ def pick_gpu(config):
     Raises UserError for one that is not known.
     """
     gpu = config['plan_gpu']
-    if gpu is None:
-        gpu = 'H100' if config['max_minutes'] is None else find_gpu(config['device'])
-    if gpu not in GPUS and gpu != 'CPU':
-        raise UserError(f"plan_gpu='{gpu}' must be, or be like, one of: CPU, {', '.join(GPUS)}.")
-    return gpu
+    if gpu is None and config['max_minutes'] is not None:
+        gpu = runtime.find_gpu(runtime.known_device(config['device'])) or 'this one'
+    if gpu not in (None, 'CPU', *GPUS):
+        raise UserError(f"plan_gpu='{gpu}' is not known: take what is like it, {', '.join(GPUS)}.")
+    return gpu or 'H100'
 
 
 def with_dtype(config):
     """Return a config whose dtype is that of its plan_gpu where it is 'auto'."""
-    if config['dtype'] != 'auto':
-        return config
-    return config | {'dtype': DTYPES.get(config['plan_gpu'], 'bfloat16')}
+    auto = DTYPES.get(config['plan_gpu'], 'bfloat16')
+    return config | {'dtype': auto if config['dtype'] == 'auto' else config['dtype']}
 
 
 def room_gib(gpu):
@@ -404,7 +405,7 @@ def compute_step(model, config):
     peak_tflops, _ = GPUS[gpu]
     sequences = config['batch_size'] * config['gradient_accumulation_steps']
     flops = sequences * config['block_size'] * model.flops_per_token(config['block_size'])
-    seconds = flops / (peak_tflops * 1e12 * config['plan_mfu'] * n_gpus)
+    seconds = max(LAUNCH, flops / (peak_tflops * 1e12 * config['plan_mfu'] * n_gpus))
     return seconds, f'on {n_gpus} x {gpu} at {config["plan_mfu"]:.0%} of {peak_tflops} TFLOP/s'
 
 
@@ -429,6 +430,7 @@ def time_step(shape, config, at_most=5):
     Micro-steps and updates are timed, for at_most so many seconds where they are short.
     """
     keep_freed_memory()
+    runtime.forget_peak_memory()
     torch.nn.Linear(256, 256)(torch.ones(256, 256)).sum().backward()  # torch loads more of itself
     before = peak_memory_gib('cpu')
     model = GPT(shape)

@@ -213,7 +213,7 @@ def make_tokenizer(parts, column, facts):
 def suitable_vocabulary(n_bytes):
     """Return the size of a bpe vocabulary for a text: 2.5 sqrt(bytes), rounded to a power of two.
 
-    A token that is seen a few times only is not learned. 4,096, from 1.4 MB on, are enough for
+    A token that is seen a few times only is not learned. 4,096, from 1.3 MB on, are enough for
     models of a laptop; large ones want more. n_bytes: None where it is not known, and so is much.
     """
     exponent = round(math.log2(2.5 * math.sqrt(n_bytes))) if n_bytes else math.inf

@@ -175,23 +175,15 @@ def request_stop(number, frame):
 # device and precision
 
 
-def first_device():
-    """Return the first of DEVICES that there is."""
-    import torch
-
-    return next(kind for kind in DEVICES if torch.get_device_module(kind).is_available())
-
-
-def pick_device(name):
+def known_device(name):
     """Return the device for a knob: 'auto' is the first there is of DEVICES.
 
-    Under torchrun each process gets a GPU of its own. Raises UserError for a device that cannot be
-    used.
+    Raises UserError for one that is not here.
     """
     import torch
 
     if name == 'auto':
-        name = first_device()
+        name = next(kind for kind in DEVICES if torch.get_device_module(kind).is_available())
         if name == 'cpu':
             check_driver()
     kind = name.partition(':')[0]
@@ -199,6 +191,18 @@ def pick_device(name):
         raise UserError(f"device='{name}' cannot be used here: it is none of {', '.join(DEVICES)}.")
     if not torch.get_device_module(kind).is_available():
         raise UserError(f"device='{name}' cannot be used here: torch finds none.")
+    return name
+
+
+def pick_device(name):
+    """Return the device for a knob. Under torchrun each process gets a GPU of its own.
+
+    Raises UserError for a device that cannot be used.
+    """
+    import torch
+
+    name = known_device(name)
+    kind = name.partition(':')[0]
     # Before anything is put on a GPU: on the first one, each process would take half a GiB.
     if kind in ('cuda', 'xpu') and 'LOCAL_RANK' in os.environ:
         name = claim_gpu(kind)
@@ -303,11 +307,9 @@ def peak_flops(device, dtype):
 
 
 def find_gpu(device):
-    """Return the name in GPUS of a device, as knobs name it; 'CPU', or None where it has none."""
+    """Return the name of a device in GPUS; 'CPU', or None where it is not in there."""
     import torch
 
-    if device == 'auto':
-        device = first_device()
     kind = torch.device(device).type
     if kind != 'cuda':
         return 'CPU' if kind == 'cpu' else None
@@ -324,6 +326,12 @@ def find_gpu(device):
 
 # -----------------------------------------------------------------------------
 # memory
+
+
+def forget_peak_memory():
+    """Have peak_memory_gib() of a CPU begin anew, where the system can (Linux)."""
+    with contextlib.suppress(OSError):
+        Path('/proc/self/clear_refs').write_text('5')
 
 
 def keep_freed_memory():

@@ -94,7 +94,7 @@ fsdp_replicas = 1  # groups of processes that each shard all of it, such as one 
 # dry run
 plan = False  # do not train, print memory, time and cost
 plan_gpus = 1  # devices to plan for
-plan_gpu: str | None = None  # H100, RTX4090, ...; CPU: timed; None: H100, max_minutes: this one
+plan_gpu: str | None = None  # H100, T4, ...; CPU: timed; None: H100, with max_minutes this one
 plan_mfu = 0.4  # assumed MFU
 plan_price: float | None = None  # of a device and hour, in any currency
 plan_network: float | None = None  # GB/s that each device can send to the others

@@ -4,8 +4,9 @@
 #     python train.py config/fit.py --dataset=book --max_minutes=10
 #     python train.py config/fit.py --dataset=book --max_minutes=10 --plan    # what it chooses
 #
-# The rules are in dial.py. Flags override what it chooses; the run is in out-book, whose config.py
-# has the recipe in plain numbers.
+# The rules are in dial.py. Flags override what it chooses and leave the rest as it is (with --n_embd
+# give --n_head); --max_epochs is heeded. The run is in out-book, whose config.py has the recipe in
+# plain numbers.
 
 from dial import choose
 

@@ -75,15 +75,6 @@ def test_sampling_is_measured_in_every_variant(small, run, tmp_path):
     assert all(len(line) <= 80 for line in result.out.splitlines())
 
 
-def test_batches_are_read_without_a_model(run, tmp_path):
-    flags = ['--batch_size=2', '--block_size=64', '--repeats=1', '--json_file=data.json']
-    result = run('bench.py', 'data', *flags)
-    assert result.code == 0, result.err
-    figures = json.loads((tmp_path / 'data.json').read_text())
-    assert figures['tokens_per_second'] == pytest.approx(2 * 64 / figures['median_seconds'])
-    assert f'{figures["tokens_per_second"]:,.0f} tokens/s' in result.out
-
-
 @pytest.mark.parametrize('megabytes', [2, pytest.param(1000, marks=pytest.mark.slow)])
 def test_preparing_is_measured_beside_tiktoken_alone(run, tmp_path, megabytes):
     figures = []
@@ -106,7 +97,7 @@ def test_preparing_is_measured_beside_tiktoken_alone(run, tmp_path, megabytes):
 @pytest.mark.parametrize(
     ('args', 'message'),
     [
-        ([], 'Say what to measure: python bench.py race|step|sample|prepare|data'),
+        ([], 'Say what to measure: python bench.py race|step|sample|prepare|gpu|compare'),
         (['step', '--variants=other'], "variants='other' must be some of plain, ours"),
         (['step', '--size=gpt3'], "size='gpt3' must be one of: gpt2, gpt2-medium"),
         (['step', '--dtype=int8'], "dtype='int8' must be one of: auto, float32, bfloat16, float16"),
