@@ -4,9 +4,9 @@
 #     python train.py config/fit.py --dataset=book --max_minutes=10
 #     python train.py config/fit.py --dataset=book --max_minutes=10 --plan    # what it chooses
 #
-# The rules are in dial.py. Flags override what it chooses and leave the rest as it is (with --n_embd
-# give --n_head); --max_epochs is heeded. The run is in out-book, whose config.py has the recipe in
-# plain numbers.
+# The rules are in dial.py. Flags override what it chooses and leave the rest as it is, so give
+# --n_head with --n_embd; only of --max_epochs it takes account. The run is in out-book, whose
+# config.py has the recipe in plain numbers.
 
 from dial import choose
 
