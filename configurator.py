@@ -81,9 +81,8 @@ def configure(script, args=None):
                 print(f'{source}: {name} is not needed: {NANOGPT_ONLY[name]}.', file=sys.stderr)
                 continue
             if name not in knobs:
-                hint = _what_is_meant(name, knobs)
                 own = '' if arg.startswith('--') else f' If it is not to be one, name it _{name}.'
-                raise UserError(f'{source}: there is no knob named {name}. {hint}{own}')
+                raise UserError(_unknown(source, name, knobs) + own)
             knobs[name] = _checked(source, name, value, accepted[name])
     script.update(knobs)
     return knobs
@@ -170,12 +169,13 @@ def _read_flag(arg, knobs, accepted):
     raise UserError(f'--{name} needs a value: --{name}={knobs[name]}')
 
 
-def _what_is_meant(name, knobs):
-    """Return a hint at the knob that was meant by a name that is none."""
+def _unknown(source, name, knobs):
+    """Return a sentence on a name that is no knob, with the knob that was meant."""
     meant = [knob for knob, names in OTHER_NAMES.items() if name.replace('-', '_') in names.split()]
     meant = [knob for knob in meant if re.split('[=,]', knob)[0] in knobs]
     meant += difflib.get_close_matches(name, knobs, n=1)
-    return f'Did you mean {meant[0]}?' if meant else '--help lists them all.'
+    hint = f'Did you mean {meant[0]}?' if meant else '--help lists them all.'
+    return f'{source}: there is no knob named {name}. {hint}'
 
 
 def _refuse_yaml(path, source, knobs, accepted):
@@ -208,8 +208,10 @@ def _run_config_file(path, knobs, accepted, later):
     seen = dict(knobs)
     for arg in [arg for arg in later if arg.startswith('--')]:
         for name, value in _read_flag(arg, knobs, accepted).items():
-            if name in knobs:  # else configure() will know what to say
+            if name in knobs:
                 seen[name] = _checked(arg.partition('=')[0], name, value, accepted[name])
+            elif name not in NANOGPT_ONLY:  # before the file runs, which may take its time
+                raise UserError(_unknown(arg.partition('=')[0], name, knobs))
     variables = {**seen, '__file__': path, '__name__': 'config'}
     try:
         exec(compile(source, path, 'exec'), variables)

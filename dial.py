@@ -34,11 +34,8 @@ MOST_OF_MEMORY = 0.8  # of a GPU, by the plan
 CHOSEN = (
     'arch n_layer n_embd n_head block_size batch_size gradient_accumulation_steps dropout '
     'optimizer learning_rate muon_lr muon_momentum beta1 weight_decay warmup_iters schedule '
-    'cooldown_frac eval_interval log_interval max_epochs'
+    'cooldown_frac eval_interval log_interval max_epochs max_iters lr_decay_iters'
 )
-# Tokens of a micro-batch, at most: more are no faster.
-MOST_ON_CPU = 4096
-MOST_ON_GPU = 65536
 
 # -----------------------------------------------------------------------------
 # the rules
@@ -51,11 +48,6 @@ def tokens_per_parameter(n_tokens):
     2022), supposes that the loss is not limited by the number of steps.
     """
     return min(20.0, 1.3 * (n_tokens / 1e6) ** 0.4)
-
-
-def count_fresh(n_tokens, n_unique):
-    """Return how many tokens a run sees where those that are repeated count less."""
-    return min(n_tokens, math.sqrt(n_tokens * n_unique))
 
 
 def pick_context(n_fresh):
@@ -78,12 +70,15 @@ def pick_dropout(n_epochs):
     return 0.0 if n_epochs <= 12 else 0.1
 
 
-def pick_weight_decay(n_steps):
-    """Return weight decay: strong in short runs, as small texts need it (Kim et al., 2025,
-    "Pre-training under infinite compute"); in long ones so that weights are forgotten over a fixed
-    share of the run (Wang and Aitchison, 2024, "How to set AdamW's weight decay as you scale").
+def pick_weight_decay(n_steps, steps_per_epoch):
+    """Return weight decay, by which weights forget the steps before over a time of its own.
+
+    That is three quarters of an epoch, 1 / (Muon's rate x decay) steps, however long the run (Wang
+    and Aitchison, 2024, "How to set AdamW's weight decay as you scale model and dataset size"); so
+    it is strong for small texts (Kim et al., 2025, "Pre-training under infinite compute"). Of long
+    epochs it is a tenth of the run, as usual for Muon.
     """
-    return min(0.3, 700 / n_steps)
+    return min(1.0, max(67 / steps_per_epoch, min(0.1, 500 / n_steps)))
 
 
 def pick_learning_rate(n_embd):
@@ -118,8 +113,8 @@ def make_recipe(n_layer, n_embd, n_tokens, n_unique, config):
     n_tokens: that the run will see, of a text of n_unique. config: plan_gpus, plan_gpu.
     """
     n_devices = config['plan_gpus']
-    most = MOST_ON_CPU if config['plan_gpu'] == 'CPU' else MOST_ON_GPU
-    n_fresh = count_fresh(n_tokens, n_unique)
+    most = 4096 if config['plan_gpu'] == 'CPU' else 65536  # tokens at once; more are no faster
+    n_fresh = min(n_tokens, math.sqrt(n_tokens * n_unique))  # repeated tokens count less
     block_size = min(pick_context(n_fresh), max(1, n_unique // 16))
     n_windows = pick_batch(n_fresh) / block_size / n_devices  # of a device
     n_windows = 2 ** max(0, round(math.log2(n_windows)))
@@ -134,7 +129,8 @@ def make_recipe(n_layer, n_embd, n_tokens, n_unique, config):
         'schedule': 'wsd', 'cooldown_frac': 0.9,
     }  # fmt: skip
     n_steps = max(1, n_tokens / tokens_per_step(recipe))
-    return recipe | {'weight_decay': pick_weight_decay(n_steps)} | pick_momentum(n_steps)
+    decay = pick_weight_decay(n_steps, n_unique / tokens_per_step(recipe))
+    return recipe | {'weight_decay': decay} | pick_momentum(n_steps)
 
 
 # -----------------------------------------------------------------------------
@@ -147,9 +143,6 @@ def choose(config):
     config: the knobs of train.py. A run that is resumed keeps what was chosen for it. Raises
     UserError for what cannot be trained in this way.
     """
-    minutes = config['max_minutes']
-    if minutes is None:
-        raise UserError('config/fit.py needs to know how long you can wait: --max_minutes=10')
     check_range(config, 1e-6, 10**9, 'max_minutes max_epochs plan_gpus')
     check_range(config, 1e-6, 1, 'plan_mfu')
     if config['init_from'] not in plan.OWN_MODELS:
@@ -157,7 +150,7 @@ def choose(config):
     names, shares = parse_mixture(config['dataset'])
     out_dir = config['out_dir']
     if out_dir == 'out':  # nobody has named another
-        out_dir = f'out-{os.path.basename(os.path.normpath(names[0]))}'
+        out_dir = '-'.join(['out', *(os.path.basename(os.path.normpath(name)) for name in names)])
     has_run = bool(checkpoints(out_dir))
     if has_run and config['init_from'] == 'scratch' and not config['plan']:
         return {'out_dir': out_dir}  # which train.py refuses to overwrite
@@ -165,6 +158,9 @@ def choose(config):
         before = read_meta(find(out_dir, 'last', training=True))['config']
         return {name: before[name] for name in CHOSEN.split()} | {'out_dir': out_dir}
 
+    minutes = config['max_minutes']
+    if minutes is None:
+        raise UserError('config/fit.py needs to know how long you can wait: --max_minutes=10')
     data = open_text(config)
     n_devices = config['plan_gpus'] if config['plan'] else int(os.environ.get('WORLD_SIZE', 1))
     gpu = plan.pick_gpu(config)
@@ -172,13 +168,13 @@ def choose(config):
         raise UserError('config/fit.py times steps on one CPU: take one process, or --plan_gpu=.')
     n_unique = int(len(data.datasets[0].train) / shares[0])  # in an epoch
     n_epochs = config['max_epochs'] or MOST_EPOCHS
-    say(f'fit     {minutes:g} minutes on {n_devices} x {gpu}, {n_unique:,} tokens of text')
+    say(f'fit     {minutes:g} minutes on {n_devices} x {gpu}, {n_unique:,} tokens an epoch')
 
     config = config | {'plan_gpu': gpu, 'plan_gpus': n_devices, 'max_epochs': n_epochs}
     recipe, n_tokens = climb(plan.with_dtype(config), data, n_unique)
     forget_peak_memory()  # of the models that were timed
-    taken = '        taken {n_layer} x {n_embd}, weight decay {weight_decay:.2g}, dropout {dropout}'
-    say(taken.format(**recipe))
+    epochs = f'at most {n_epochs:g} epochs'
+    say('        taken {n_layer} x {n_embd}, dropout {dropout}, '.format(**recipe) + epochs)
     n_val = sum(len(each.val) for each in data.datasets)
     recipe |= pick_intervals(n_tokens / tokens_per_step(recipe), n_val / n_tokens, minutes / 60)
     recipe |= {'max_epochs': n_epochs, 'out_dir': out_dir}
@@ -231,9 +227,7 @@ def tokens_per_step(recipe):
 def time_recipe(model, config):
     """Return the seconds of a step: timed on a CPU, by the plan's formula on GPUs."""
     if config['plan_gpu'] == 'CPU':
-        seconds, _ = plan.time_step(model.config, config, at_most=0.5)
-        if seconds < 0.5:  # once more, since something else may have run for a moment
-            seconds = min(seconds, plan.time_step(model.config, config, at_most=0.5)[0])
+        seconds, _ = plan.time_step(model.config, config, at_most=1)
         return seconds
     seconds, how = plan.compute_step(model, config)
     if seconds is None:

@@ -302,6 +302,7 @@ def print_plan(config):
     elif held['peak'] >= room * 2**30:
         seconds, how = None, 'not measured: the model does not fit into memory'
     else:
+        print('        some steps are timed now', flush=True)
         seconds, measured_gib = time_step(model.config, config)
         seconds /= config['plan_gpus']
         how = 'on this machine, by some steps here'
@@ -504,7 +505,8 @@ def print_memory(rows, config, room, measured_gib=None):
     for name, row in rows.items():
         cells = ''.join(f'{row[key] / size:>{width}.2f}' for key, width in COLUMNS.items())
         print(f'        {name:16}{cells}')
-    if measured_gib is not None and math.isfinite(measured_gib):
+    # Where memory that was freed before has been taken, there is nothing to say.
+    if measured_gib is not None and 1e-3 < measured_gib < math.inf:
         measured = f'{measured_gib * 2**30 / size:.2f}'
         print(f'        {measured} when it was timed, with the freed memory that is kept')
     too_large = [name for name, row in rows.items() if row['peak'] > room * 2**30]

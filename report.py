@@ -76,8 +76,9 @@ def print_resumed(saved, lr, lr_before, is_complete):
         print_line(f'        {name} was {before!r}, is now {now!r}')
     if is_complete:
         print_line(
-            '        it has all its steps: more with --max_iters=, not minutes or epochs, or a\n'
-            f'        new run from its weights: --init_from={saved.path} --out_dir=ANOTHER'
+            '        it has all its steps. More of them: python train.py\n'
+            f'        {saved.path.parent}/config.py --init_from=resume --max_iters=MANY\n'
+            f'        or a new run from its weights: --init_from={saved.path} --out_dir=ANOTHER'
         )
     elif lr_before and lr > 2 * lr_before:
         print_line(f'        the learning rate rises from {lr_before:.2e} to {lr:.2e}')
@@ -225,8 +226,8 @@ def print_summary(out_dir, progress, n_tokens, model, device):
 # What is said once, after two evaluations without a new best, and at the end.
 OVERFITTING = (
     'Validation has risen since step {:,} while training fell: the model learns the\n'
-    'text by heart. What helps: fewer steps, more --dropout, a smaller model, or more\n'
-    'text. --early_stopping_patience=2 ends a run that overfits.'
+    'text by heart. What helps: fewer steps, --weight_decay=0.3 with Muon, --dropout, a\n'
+    'smaller model, or more text. --early_stopping_patience=2 ends a run that overfits.'
 )
 
 

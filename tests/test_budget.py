@@ -523,7 +523,7 @@ def test_resuming_a_finished_run_says_how_it_goes_on(run, sheep, tmp_path):
     assert COMPLETE not in first.out
     again = train(run, *flags, '--max_iters=4', '--init_from=resume')
     assert COMPLETE in again.out
-    assert 'more with --max_iters=' in again.out
+    assert 'out/config.py --init_from=resume --max_iters=MANY' in again.out
     assert '--init_from=out/step_00000004 --out_dir=ANOTHER' in again.out
     assert 'the learning rate rises' not in again.out
 

@@ -186,7 +186,7 @@ def test_a_run_by_the_dial_repeats_and_resumes(run, quick, sheep, tmp_path):
     assert same(weights(tmp_path / 'again', last), weights(out, last))
 
     # What is resumed is not chosen again; from scratch it is refused, before anything is timed.
-    resumed = run('train.py', *flags, '--max_minutes=9', '--init_from=resume')
+    resumed = run('train.py', *flags, '--init_from=resume')
     assert resumed.code == 0, resumed.err
     assert 'it has all its steps' in resumed.out
     assert ' was ' not in resumed.out
@@ -257,6 +257,7 @@ def test_a_plan_shows_what_it_chooses(run, quick, sheep):
         (['--max_minutes=1', '--max_epochs=-1'], 'max_epochs=-1.0: must be from'),
         (['--max_minutes=1', '--plan_gpus=0', '--plan'], 'plan_gpus=0: must be from'),
         (['--max_minutes=1', '--init_from=resume'], 'out-sheep has no checkpoint'),
+        (['--max_minutes=1', '--lerning_rate=1'], 'Did you mean learning_rate?'),
         (['--max_minutes=1', '--device=banana'], "device='banana' cannot be used here"),
         (['--max_minutes=1', '--device=xpu'], "device='xpu' cannot be used here"),
     ],

@@ -4,6 +4,7 @@ Memory is that of real runs on this CPU, and of simulated worlds of 8 and 64 GPU
 """
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -390,8 +391,16 @@ def test_this_cpu_is_timed(sheep, run):
     assert result.code == 0, result.err
     assert ' on this machine, by some steps here, ' in result.out
     assert 'float32, not compiled; CPU has ' in result.out
-    assert re.search(r'\n {8}[\d.]+ when it was timed, with the freed memory', result.out)
     assert not [line for line in result.out.splitlines() if len(line) > 80]
+
+
+def test_the_memory_of_timed_steps_is_said_where_it_grew(capsys):
+    row = dict.fromkeys(plan.COLUMNS, 2**30)
+    config = {'plan_gpu': 'CPU', 'dtype': 'float32'}
+    for measured, said in ((None, False), (1e-5, False), (math.inf, False), (1.25, True)):
+        plan.print_memory({'DDP': row}, config, 100, measured)
+        out = capsys.readouterr().out
+        assert ('        1.25 when it was timed, with the freed memory that is kept' in out) is said
 
 
 def test_recomputing_activations_changes_nothing(sheep, run, tmp_path):
