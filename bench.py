@@ -45,9 +45,9 @@ arch: Literal['gpt2', 'qwen3', 'llama'] = 'gpt2'  # its architecture
 batch_size: int | None = None  # step: sequences per batch; None: 16 on a GPU, else 1
 block_size = 1024  # step: tokens per sequence
 prompt_tokens = 8  # sample: length of the prompt
-seeds = 5  # compare: how many of them each recipe is trained with
+seeds = 5  # compare, race: how many of them each recipe is trained with
 grid: str | None = None  # compare: values of A's knobs, all with all: 'n_layer:2,3;dropout:0,0.1'
-repeats = 3  # each figure is the median of this many; race: the number of seeds
+repeats = 3  # step, sample, prepare: each figure is the median of this many
 dataset: str | None = None  # compare, race: what is trained on; None: the recipe's own
 eval_interval: int | None = None  # compare: steps between evaluations; None: the recipe's own
 baseline = 'config/baseline_shakespeare_char.py'  # race: the recipe that sets the loss to reach
@@ -109,13 +109,17 @@ def medians(rows):
 
 
 def bench_compare():
+    """Compare the recipes that the command line names."""
+    return compare_recipes(list_candidates())
+
+
+def compare_recipes(candidates):
     """Train recipes in turns, with the same seeds, and say which differ by more than chance.
 
     Losses are compared by Welch's test. What a recipe takes to the loss of the first is compared
-    seed by seed, by the t-test of the logarithm of the ratio.
+    seed by seed, by the t-test of the logarithm of the ratio. candidates: see list_candidates.
     """
     compare.check_scipy()
-    candidates = list_candidates()
     runs = {name: [] for name in candidates}  # {name: the evaluations of each seed}
     turns = list(itertools.product(range(1, seeds + 1), candidates))
     for seed, name in runtime.show_progress(turns, 'training'):
@@ -168,38 +172,14 @@ def list_candidates():
 
 
 def bench_race():
-    """Measure the seconds of training until a recipe has the final validation loss of a baseline.
+    """Compare the time that a recipe takes to the final validation loss of a baseline.
 
     Evaluations are of the whole split, every ten steps of the recipe, and their time does not
     count; that of compiling would.
     """
-    baseline_path = find_config(baseline)
-    recipe_path = find_config(recipe)
-    print(f'{recipe} against {baseline}')
-    print_race_row('', 'baseline:', 'recipe:', 'time to', '')
-    print_race_row('seed', 'final loss, time', 'final loss, time', "baseline's loss", 'speedup')
-    rows = []
-    for seed in range(1, repeats + 1):
-        first = train_evals(baseline_path, seed)
-        second = train_evals(recipe_path, seed, '--eval_interval=10')
-        ends = [(evals[-1]['val_loss'], evals[-1]['train_seconds']) for evals in (first, second)]
-        reached = [e['train_seconds'] for e in second if e['val_loss'] <= first[-1]['val_loss']]
-        seconds = reached[0] if reached else math.inf
-        speedup = first[-1]['train_seconds'] / seconds
-        rows.append({  # JSON has no infinity
-            'seed': seed, 'speedup': speedup, 'seconds': seconds if reached else None,
-            'baseline': ends[0], 'recipe': ends[1],
-        })  # fmt: skip
-        cells = [f'{loss:.4f} in {end:.1f} s' for loss, end in ends]
-        print_race_row(seed, *cells, f'{seconds:.1f} s', f'{speedup:.2f} x')
-    speedups = sorted(row['speedup'] for row in rows)
-    median = statistics.median(speedups)
-    print(f'speedup: median {median:.2f} x, from {speedups[0]:.2f} to {speedups[-1]:.2f}')
-    return {'seeds': rows, 'median': median}
-
-
-def print_race_row(seed, baseline, recipe, seconds, speedup):
-    print(f'{seed:>4}{baseline:>20}{recipe:>20}{seconds:>18}{speedup:>12}', flush=True)
+    candidates = {'baseline': (find_config(baseline), [])}
+    candidates['recipe'] = (find_config(recipe), ['--eval_interval=10'])
+    return compare_recipes(candidates)
 
 
 def find_config(name):
@@ -216,7 +196,10 @@ def train_evals(config, seed, *flags):
         if value is not None:
             flags = (f'--{name}={value}', *flags)
     records = run_training(config, f'--seed={seed}', *flags)
-    return [record for record in records if 'val_loss' in record and record['step'] > 0]
+    evals = [record for record in records if 'val_loss' in record and record['step'] > 0]
+    if not evals:
+        raise UserError(f'{config} trains no steps: there is nothing to compare.')
+    return evals
 
 
 def run_training(config, *flags):
@@ -246,7 +229,7 @@ def measure_steps(torch_device, names, repeats):
     precision = runtime.pick_dtype(dtype, torch_device)
     rows = batch_size or (1 if torch_device.type == 'cpu' else 16)
     shape = SIZES[size] | {'arch': arch, 'block_size': block_size}
-    ceiling = matmul_flops(torch_device, precision)
+    ceiling = runtime.matmul_flops(torch_device, precision)
     results = {name: [] for name in names}
     for _ in range(repeats):
         for name in runtime.show_progress(names, 'timing a step'):  # in turns: speeds drift
@@ -254,7 +237,7 @@ def measure_steps(torch_device, names, repeats):
             arguments = json.dumps([name, str(torch_device), precision, rows, shape])
             printed = run_python(name, __file__, 'measure_step', arguments)
             results[name].append(json.loads(printed.splitlines()[-1]))
-            ceiling = max(ceiling, matmul_flops(torch_device, precision))
+            ceiling = max(ceiling, runtime.matmul_flops(torch_device, precision))
 
     print_machine(torch_device)
     matmul = f'matrix products reach {ceiling / 1e12:.3f} TFLOP/s here'
@@ -324,14 +307,6 @@ def measure_step(variant, device, dtype, batch_size, shape):
 
 def plain_loss(model, x, y):
     return F.cross_entropy(model(x).float().flatten(0, 1), y.flatten())
-
-
-def matmul_flops(device, precision):
-    """Measure the FLOP/s of large matrix products, the best of ten: the ceiling for a step."""
-    torch.set_float32_matmul_precision('high')  # as in a step
-    n = 1536 if device.type == 'cpu' else 8192
-    a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, precision))
-    return 2 * n**3 / min(seconds_of(device, torch.matmul, a, b) for _ in range(10))
 
 
 # -----------------------------------------------------------------------------

@@ -166,11 +166,36 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x):
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
-        return F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)
+        x, weight = x.to(dtype), self.weight.to(dtype)
+        if x.is_cpu:
+            return FewPassesNorm.apply(x, weight, self.eps)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
+class FewPassesNorm(torch.autograd.Function):
+    """F.rms_norm, which on a CPU is many operations, with half as many passes over memory."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        """x (..., n), weight (n,) -> x / rms(x) * weight."""
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = (norm.square() / x.shape[-1] + eps).rsqrt()
+        normed = x * scale
+        ctx.save_for_backward(normed, scale, weight)
+        return normed * weight
+
+    @staticmethod
+    def backward(ctx, gradient):
+        normed, scale, weight = ctx.saved_tensors
+        product = gradient * normed
+        # The length of x has no influence, so no gradient is along it.
+        along = (product @ weight).unsqueeze(-1) / weight.numel()
+        x_gradient = (gradient * weight).addcmul_(normed, along, value=-1).mul_(scale)
+        return x_gradient, product.flatten(0, -2).sum(0), None
 
 
 def make_rope(config, positions):
-    """cos and sin of the angles at positions, (T,): each (T, D) float32.
+    """cos, and -sin and sin, of the angles at positions, (T,): each (T, D) float32.
 
     Computed when used, not kept: a model in 16 bits would round a table of them.
     """
@@ -179,8 +204,9 @@ def make_rope(config, positions):
     frequencies = 1 / config.rope_theta**exponents
     if config.rope_scaling:
         frequencies = scale_frequencies(frequencies, config.rope_scaling)
-    angles = torch.outer(positions.float(), frequencies).repeat(1, 2)
-    return angles.cos(), angles.sin()
+    angles = torch.outer(positions.float(), frequencies)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def scale_frequencies(frequencies, scaling):
@@ -201,8 +227,7 @@ def apply_rope(x, cos, sin):
 
     RoFormer (Su et al., 2021), in the layout of transformers' Llama. x: (B, heads, T, D).
     """
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 class Linear(nn.Linear):

@@ -2,18 +2,22 @@
 
 Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/) is SGD with momentum whose
 updates are orthogonalized. It is for the matrices inside the blocks; embeddings, lm_head, norms and
-biases stay with AdamW. `torch.optim.Muon` treats one matrix at a time in bfloat16. Here all
-matrices of one shape are treated at once, in the device's own dtype (see runtime.pick_dtype), and
-several processes share the work.
+biases stay with AdamW. `torch.optim.Muon` treats one matrix at a time in bfloat16. Here many of
+one shape are treated at once, in the device's own dtype (see runtime.pick_dtype), and several
+processes share the work.
 """
 
 from functools import partial
 
 import torch
 
+import parallel
 from model import GPT, GPTConfig
 from parallel import full_tensor, shard_like, split_over_processes
 from runtime import UserError, make_autocast, pick_dtype
+
+COEFFICIENTS = 5 * [(3.4445, -4.7750, 2.0315)]  # of Muon's Newton-Schulz steps
+ROUND = 2**24  # numbers in the matrices that Muon treats at once
 
 # -----------------------------------------------------------------------------
 # which parameters are trained, and by which optimizer
@@ -170,62 +174,98 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            self.step_group(group)
+        zero = torch.zeros((), device=self.param_groups[0]['params'][0].device)
+        taken = 1 - getattr(self, 'found_inf', zero)  # 0.0 for a step that is skipped
+        for pairs in make_rounds(self.param_groups, parallel.world_size):
+            self.step_round([(p, group) for p, group in pairs if p.grad is not None], taken)
 
-    def step_group(self, group):
-        parameters = [parameter for parameter in group['params'] if parameter.grad is not None]
-        if not parameters:
-            return
-        found_inf = getattr(self, 'found_inf', torch.zeros((), device=parameters[0].device))
-        taken = 1 - found_inf  # 0.0 for a step that is skipped
-
-        # Nesterov momentum of all parameters. In a skipped step the momentum takes the place of the
-        # gradient, so that lerp changes nothing, and lr is 0. An `if` would wait for the device.
-        directions = None  # (parameters, m, n), whole even where parameters are sharded
-        for i, parameter in enumerate(parameters):
-            state = self.state[parameter]
-            if not state:
-                state['momentum_buffer'] = torch.zeros_like(parameter)
-            momentum = state['momentum_buffer']
-            gradient = torch.where(taken > 0, parameter.grad, momentum)
-            momentum.lerp_(gradient, 1 - group['momentum'])
-            direction = full_tensor(gradient.lerp(momentum, group['momentum']))
-            if directions is None:
-                directions = direction.new_empty(len(parameters), *direction.shape)
-            directions[i] = direction
-
-        # q, k and v, for example, are one parameter and three matrices.
-        matrices = directions.split(group['out_sizes'], 1)  # each (parameters, m, n)
-        updates = [split_over_processes(self.orthogonalize, x) for x in matrices]
-        del directions, matrices  # of a large model they are large
-
-        lr = group['lr'] * full_tensor(taken)
-        for i, parameter in enumerate(parameters):
-            update = torch.cat([of_matrices[i] for of_matrices in updates])
+    def step_round(self, pairs, taken):
+        """Take the step of some parameters, each with its group."""
+        by_shape = {}
+        for parameter, group in pairs:
+            direction = self.direction(parameter, group['momentum'], taken)
+            # q, k and v, for example, are one parameter and three matrices.
+            for matrix in direction.split(group['out_sizes']):
+                by_shape.setdefault(matrix.shape, []).append(matrix)
+        updates = {  # in the same order
+            shape: iter(split_over_processes(self.orthogonalize, torch.stack(matrices)))
+            for shape, matrices in by_shape.items()
+        }
+        for parameter, group in pairs:
+            lr = group['lr'] * full_tensor(taken)
+            shapes = [(rows, parameter.shape[1]) for rows in group['out_sizes']]
+            update = torch.cat([next(updates[shape]) for shape in shapes])
             update = lr * update.to(lr.dtype)
-            parameter.mul_(1 - lr * group['weight_decay'])
+            if group['weight_decay']:
+                parameter.mul_(1 - lr * group['weight_decay'])
             parameter.sub_(shard_like(update, parameter))
+
+    def direction(self, parameter, momentum, taken):
+        """Return Nesterov's momentum of a parameter, whole even where the parameter is sharded.
+
+        In a skipped step the buffer takes the place of the gradient, so that lerp changes nothing,
+        and the learning rate is 0. An `if` would wait for the device.
+        """
+        state = self.state[parameter]
+        if not state:
+            state['momentum_buffer'] = torch.zeros_like(parameter)
+        buffer = state['momentum_buffer']
+        gradient = torch.where(taken > 0, parameter.grad, buffer)
+        buffer.lerp_(gradient, 1 - momentum)
+        return full_tensor(gradient.lerp(buffer, momentum))
+
+
+def make_rounds(groups, n_processes):
+    """Divide parameters into the lists that are treated at once, [(parameter, group), ...] each.
+
+    Small matrices are faster together. Of large ones a list has few, which bounds the memory, but
+    some for each process.
+    """
+    rounds = [[]]
+    size = 0
+    for group in groups:
+        for parameter in group['params']:
+            if size >= ROUND and len(rounds[-1]) % n_processes == 0:
+                rounds.append([])
+                size = 0
+            rounds[-1].append((parameter, group))
+            size += parameter.numel()
+    return rounds
 
 
 def orthogonalize(matrices, dtype):
     """(N, m, n) to about U V^T sqrt(max(1, m / n)), where U S V^T is the SVD of each matrix.
 
     dtype: that of the computation and of the result, which is good enough in 16 bits.
-    Five Newton-Schulz steps X <- a X + (b A + c A A) X with A = X X^T. The coefficients bring most
+    Newton-Schulz steps X <- (a + b A + c A A) X with A = X X^T. The coefficients bring most
     singular values to between about 0.7 and 1.2, which is close enough to 1; very small ones only
     grow, by a factor of a = 3.4 at most in each step.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
     _, m, n = matrices.shape
     is_tall = m > n
     x = matrices.mT if is_tall else matrices  # X^T X is smaller than X X^T
     # Divided before they are rounded: float16 has no small numbers.
     x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
-    for _ in range(5):
-        A = x @ x.mT
-        polynomial = torch.baddbmm(A, A, A, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    if is_tall:
-        x = x.mT * (m / n) ** 0.5
-    return x
+    if x.shape[2] > 1.5 * x.shape[1] and dtype == torch.float32:
+        x = newton_schulz(x @ x.mT) @ x
+    else:
+        for a, b, c in COEFFICIENTS:
+            A = x @ x.mT
+            polynomial = torch.baddbmm(A, A, A, beta=b, alpha=c)
+            x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT * (m / n) ** 0.5 if is_tall else x
+
+
+def newton_schulz(A):
+    """Return Q, so that the steps make Q X of an X with A = X X^T: fewer operations for a long X.
+
+    In 16 bits the small eigenvalues of A would be lost.
+    """
+    Q = P = None
+    for a, b, c in COEFFICIENTS:
+        if P is not None:
+            A = P @ A @ P  # of X after the step; all of these are symmetric
+        P = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        P.diagonal(dim1=1, dim2=2).add_(a)
+        Q = P if Q is None else P @ Q
+    return Q

@@ -23,6 +23,7 @@ import statistics
 import time
 import warnings
 import weakref
+from collections import Counter
 from dataclasses import fields, replace
 
 import torch
@@ -34,7 +35,7 @@ import runtime
 from data import Mixture, dataset_folder, list_folder, parse_mixture
 from inference import load_tokenizer
 from model import GPT, MAX_FILE, MAX_LOGITS, PUBLISHED, GPTConfig, find_pretrained, read_config
-from optim import freeze, make_optimizers, parameter_groups
+from optim import freeze, make_optimizers, make_rounds, parameter_groups
 from parallel import check_division
 from report import duration
 from runtime import GPUS, UserError, keep_freed_memory, make_autocast, peak_memory_gib
@@ -137,26 +138,29 @@ def dry_run(shape, knobs, activation_checkpointing, where='cpu', block_dtype=Non
     return held | {'peak': peak, 'loss': loss}
 
 
-def matrix_groups(model, optimizer):
-    """Return the groups of matrices that Muon trains, one for each shape."""
+def muon_rounds(model, optimizer, n_devices):
+    """Return what Muon treats at once, {shape of matrices: how many} for each round."""
     if optimizer != 'muon':
         return []
-    return [group for group in parameter_groups(model, 0.0) if 'out_sizes' in group]
+    groups = [group for group in parameter_groups(model, 0.0) if 'out_sizes' in group]
+    return [
+        Counter((rows, p.shape[1]) for p, group in pairs for rows in group['out_sizes'])
+        for pairs in make_rounds(groups, n_devices)
+    ]
 
 
-def own_rows(group, n_devices):
-    """Return how many matrices each device orthogonalizes, padding among them, and their size."""
-    parameters = group['params']
-    return math.ceil(len(parameters) / n_devices), parameters[0].numel()
+def own_numbers(shape, n_matrices, n_devices):
+    """Return how many numbers are in those that each device orthogonalizes, padding among them."""
+    return math.ceil(n_matrices / n_devices) * math.prod(shape)
 
 
-def update_bytes(group, n_devices, itemsize):
-    """Return what Muon.step_group() has at a time: all matrices in float32, and all updates."""
-    own, size = own_rows(group, n_devices)
-    largest = max(group['out_sizes']) / sum(group['out_sizes'])
-    # Beside the updates of all there are a device's own, to which four as large have led.
-    updates = itemsize * own * (n_devices + largest * max(1, 4 - n_devices))
-    return size * (4 * (len(group['params']) + 1) + updates)
+def update_bytes(round, n_devices, itemsize):
+    """Return what Muon.step_round() has at a time: all matrices in float32, and all updates."""
+    updates = [n_devices * own_numbers(*item, n_devices) for item in round.items()]
+    directions = 4 * sum(math.prod(shape) for shape in round.elements())
+    # While a device computes its own part of the largest, of which there are four versions.
+    largest = (4 + 4 * itemsize / n_devices) * max(updates)
+    return directions + itemsize * sum(updates) + largest
 
 
 def shard(shape, knobs, whole, n_devices, recomputed=0):
@@ -183,8 +187,8 @@ def shard(shape, knobs, whole, n_devices, recomputed=0):
     at_the_loss = block + row['loss']
     in_a_block = 2 * block + 4 * n_in_block + 4 * model.lm_head.weight.numel() + recomputed
     needed = row['activations'] + 4 * n_around + max(at_the_loss, in_a_block)
-    groups = matrix_groups(model, knobs['optimizer'])
-    sizes = [update_bytes(group, n_devices, block_dtype.itemsize) for group in groups]
+    rounds = muon_rounds(model, knobs['optimizer'], n_devices)
+    sizes = [update_bytes(round, n_devices, block_dtype.itemsize) for round in rounds]
     row['loss etc.'] = max([needed, *sizes]) - row['activations']
     for name in ('weights', 'gradients', 'optimizer'):
         row[name] = whole[name] / n_shards
@@ -208,11 +212,11 @@ def traffic(model, knobs, n_devices, n_micro_steps):
     # Blocks are gathered for the forward and for the backward pass, the rest once.
     gathered = 2 * itemsize * in_blocks + 4 * around
 
-    groups = matrix_groups(model, knobs['optimizer'])
-    matrices = sum(p.numel() for group in groups for p in group['params'])
+    rounds = muon_rounds(model, knobs['optimizer'], n_devices)
+    matrices = sum(math.prod(shape) for round in rounds for shape in round.elements())
+    own = [own_numbers(*item, n_devices) for round in rounds for item in round.items()]
     # Of whoever has computed them; all devices send as many, so some send padding.
-    own_updates = itemsize * sum(math.prod(own_rows(group, n_devices)) for group in groups)
-    updates = own_updates * (n_devices - 1)
+    updates = itemsize * sum(own) * (n_devices - 1)
     all_sent_of = (n_devices - 1) / n_devices
     between = 2 * gradients / n_shards * (1 - 1 / knobs['fsdp_replicas']) + updates
     return {

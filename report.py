@@ -92,6 +92,14 @@ def print_length(n_steps, factors, epochs):
     print_line(f'steps   {n_steps:,}, each {each} = {tokens:,} tokens: {total}')
 
 
+def print_bound(flops, device, dtype):
+    """Say how long a step takes at least, where that is long: as if it were matrix products."""
+    if device == 'cpu' and flops > 1e13:
+        seconds = flops / runtime.matmul_flops(device, dtype)
+        if seconds > 10:
+            print_line(f'        at least {duration(seconds)} a step here')
+
+
 def print_estimate(seconds, n_steps, dataset):
     """Say after the first micro-batch how long a step will take, and the run, where it is long."""
     if seconds > 10:

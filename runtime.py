@@ -306,6 +306,23 @@ def peak_flops(device, dtype):
     return tflops * 1e12
 
 
+def matmul_flops(device, dtype):
+    """Measure the FLOP/s of large matrix products, the best of ten: the ceiling for a step."""
+    import torch
+
+    torch.set_float32_matmul_precision('high')  # as in a step
+    n = 1536 if torch.device(device).type == 'cpu' else 8192
+    a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, dtype))
+    seconds = []
+    for _ in range(10):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds)
+
+
 def find_gpu(device):
     """Return the name of a device in GPUS; 'CPU', or None where it is not in there."""
     import torch

@@ -404,6 +404,8 @@ def begin():
     if not eval_only:
         factors = (batch_size, gradient_accumulation_steps, block_size)
         report.print_length(max_iters, factors, data.epochs(max_iters * windows_per_step))
+        flops = tokens_per_step * flops_per_token / parallel.world_size
+        report.print_bound(flops, device_type, precision)
     if writes:
         report.start_tracker(tracker, out_dir, run_config, progress.step)
         report.truncate_log(log_path, progress.step, progress.last_eval_step)

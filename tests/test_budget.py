@@ -333,6 +333,32 @@ def test_a_run_of_days_is_told_of_a_smaller_model(capsys):
     assert 'about 1h08m a step here, about 28,333 days in all' in out
 
 
+def test_a_step_of_minutes_is_announced_before_it_begins(run, sheep, capsys, monkeypatch):
+    monkeypatch.setattr(runtime, 'matmul_flops', lambda device, dtype: 1e11)
+    report.print_bound(6e13, 'cpu', 'float32')
+    assert capsys.readouterr().out.strip() == 'at least 10m00s a step here'
+    report.print_bound(6e13, 'cuda', 'float32')  # never so long
+    assert not capsys.readouterr().out
+
+    monkeypatch.setattr(GPT, 'flops_per_token', lambda self, block_size: 1e13)
+    monkeypatch.setattr(runtime, 'matmul_flops', lambda device, dtype: 1e13)
+    out = train(run, '--max_iters=1').out
+    assert re.search(r'\nsteps .* = 128 tokens.*\n        at least 2m08s a step here\n', out), out
+
+
+def test_a_short_step_is_not_measured_first(monkeypatch):
+    monkeypatch.setattr(runtime, 'matmul_flops', None)
+    report.print_bound(9e12, 'cpu', 'float32')
+
+
+def test_the_rate_of_matrix_products_is_what_the_threads_can():
+    rate = runtime.matmul_flops('cpu', 'float32')
+    a, b = torch.randn(2, 512, 512)
+    start = time.perf_counter()
+    a @ b
+    assert rate > 0.2 * 2 * 512**3 / (time.perf_counter() - start)
+
+
 def test_the_first_micro_batch_says_how_long_a_step_takes(run, sheep, tmp_path, monkeypatch):
     now = [0.0]
 

@@ -5,7 +5,14 @@ import torch
 from conftest import losses, same, train, weights
 
 from model import GPT, GPTConfig
-from optim import Muon, freeze, make_optimizers, orthogonalize, parameter_groups
+from optim import (
+    Muon,
+    freeze,
+    make_optimizers,
+    make_rounds,
+    orthogonalize,
+    parameter_groups,
+)
 
 
 def groups(*parameters, out_sizes):
@@ -42,11 +49,47 @@ def test_singular_values_come_close_to_one_and_vectors_stay(shape):
     matrices = torch.randn(shape, generator=generator, dtype=torch.float64)
     u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
     scale = max(1, shape[1] / shape[2]) ** 0.5
-    values = u.mT @ orthogonalize(matrices, torch.float32).double() @ vh.mT / scale
+    values = u.mT @ orthogonalize(matrices.float(), torch.float32).double() @ vh.mT / scale
     diagonal = values.diagonal(dim1=1, dim2=2)
     assert (values - torch.diag_embed(diagonal)).abs().max() < 1e-4
     assert diagonal[s > 0.05 * s.amax()].min() > 0.6
     assert diagonal.max() < 1.25
+
+
+@pytest.mark.parametrize('rank', [1, 5, 48])
+def test_a_long_matrix_in_float32_is_as_in_float64(rank):
+    """Its steps are products of A = X X^T, whose small eigenvalues float32 does not have."""
+    torch.manual_seed(rank)
+    long = torch.randn(3, 48, rank, dtype=torch.float64) @ torch.randn(3, rank, 200).double()
+    long += 1e-6 * torch.randn_like(long)
+    expected = orthogonalize(long, torch.float64)  # multiplies X itself
+    found = orthogonalize(long.float(), torch.float32).double()
+    assert (found - expected).norm() < 2e-3 * expected.norm()
+
+
+def test_rounds_are_small_enough_and_have_a_parameter_for_each_process(monkeypatch):
+    monkeypatch.setattr('optim.ROUND', 1000)
+    parameters = [torch.nn.Parameter(torch.zeros(20, 20)) for _ in range(9)]
+    for n_processes, sizes in ((1, [3, 3, 3]), (2, [4, 4, 1]), (8, [8, 1]), (16, [9])):
+        rounds = make_rounds(groups(*parameters, out_sizes=(20,)), n_processes)
+        assert [len(pairs) for pairs in rounds] == sizes
+        found = [parameter for pairs in rounds for parameter, _ in pairs]
+        assert all(a is b for a, b in zip(found, parameters, strict=True))
+
+
+def test_rounds_change_nothing(monkeypatch):
+    after = []
+    for size in (1, 10**9):
+        monkeypatch.setattr('optim.ROUND', size)
+        torch.manual_seed(0)
+        model = tiny_model('qwen3')
+        optimizer = Muon([group for group in parameter_groups(model, 0.1) if 'out_sizes' in group])
+        for _ in range(3):
+            model(torch.arange(8)[None], torch.arange(8)[None]).backward()
+            optimizer.step()
+        after.append(torch.cat([parameter.flatten() for parameter in model.parameters()]))
+    assert torch.allclose(*after, atol=1e-6)
+    assert len(make_rounds(optimizer.param_groups, 1)) == 1
 
 
 def test_fused_matrices_and_many_parameters_are_each_by_itself():
