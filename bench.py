@@ -10,7 +10,7 @@
 """
 
 import runtime
-from runtime import UserError, pick_device, synchronize
+from runtime import UserError, pick_device
 
 runtime.begin_script()  # first, so that Ctrl-C ends the imports as well: they take seconds
 
@@ -88,15 +88,6 @@ def run_python(name, *args):
         errors = result.stderr.strip().splitlines() or ['killed']
         raise UserError(f'{name} failed: {errors[-1]}')
     return result.stdout
-
-
-def seconds_of(device, function, *args):
-    """Return the seconds that a device takes for function(*args)."""
-    synchronize(device)
-    start = time.perf_counter()
-    function(*args)
-    synchronize(device)
-    return time.perf_counter() - start
 
 
 def medians(rows):
@@ -301,7 +292,7 @@ def measure_step(variant, device, dtype, batch_size, shape):
         for _ in range(n_steps):
             step()
 
-    seconds = seconds_of(device, steps) / n_steps
+    seconds = runtime.seconds_of(device, steps) / n_steps
     return seconds, runtime.peak_memory_gib(device), idx.numel() * model.flops_per_token()
 
 
@@ -329,7 +320,7 @@ def bench_sample():
             generate[name](idx, n_warmup)
         for _ in range(repeats):
             for name, n in runtime.show_progress(rates, 'sampling'):  # in turns: speeds drift
-                rates[name, n].append(n / seconds_of(torch_device, generate[name], idx, n))
+                rates[name, n].append(n / runtime.seconds_of(torch_device, generate[name], idx, n))
 
     figures = {f'{name} {n}': statistics.median(values) for (name, n), values in rates.items()}
     print_machine(torch_device)

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint as recompute_activations
 
@@ -130,10 +131,8 @@ class GPTConfig:
         for a block_size above it.
         """
         if block_size > self.block_size:
-            raise UserError(
-                f'block_size={block_size} is longer than the context of the model, '
-                f'{self.block_size}: choose at most that.'
-            )
+            context = f'the context of the model, {self.block_size}: choose at most that'
+            raise UserError(f'block_size={block_size} is longer than {context}.')
         return replace(self, block_size=block_size) if self.arch == 'gpt2' else self
 
 
@@ -167,7 +166,7 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
         x, weight = x.to(dtype), self.weight.to(dtype)
-        if x.is_cpu:
+        if x.is_cpu and dtype.itemsize >= 4:  # F.rms_norm computes in float32 for 16 bits
             return FewPassesNorm.apply(x, weight, self.eps)
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
@@ -185,17 +184,18 @@ class FewPassesNorm(torch.autograd.Function):
         return normed * weight
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         normed, scale, weight = ctx.saved_tensors
-        product = gradient * normed
-        # The length of x has no influence, so no gradient is along it.
-        along = (product @ weight).unsqueeze(-1) / weight.numel()
-        x_gradient = (gradient * weight).addcmul_(normed, along, value=-1).mul_(scale)
-        return x_gradient, product.flatten(0, -2).sum(0), None
+        products = (gradient * normed).flatten(0, -2)
+        # Along x itself there is no gradient, since its length has no influence.
+        along = products.mv(weight).view_as(scale) / weight.numel()
+        x_gradient = (gradient * weight - normed * along) * scale
+        return x_gradient, products.sum(0), None
 
 
 def make_rope(config, positions):
-    """cos, and -sin and sin, of the angles at positions, (T,): each (T, D) float32.
+    """cos and sin of the angles at positions, (T,): each (T, D) float32.
 
     Computed when used, not kept: a model in 16 bits would round a table of them.
     """
@@ -204,9 +204,8 @@ def make_rope(config, positions):
     frequencies = 1 / config.rope_theta**exponents
     if config.rope_scaling:
         frequencies = scale_frequencies(frequencies, config.rope_scaling)
-    angles = torch.outer(positions.float(), frequencies)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    angles = torch.outer(positions.float(), frequencies).repeat(1, 2)
+    return angles.cos(), angles.sin()
 
 
 def scale_frequencies(frequencies, scaling):
@@ -227,7 +226,8 @@ def apply_rope(x, cos, sin):
 
     RoFormer (Su et al., 2021), in the layout of transformers' Llama. x: (B, heads, T, D).
     """
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
 
 
 class Linear(nn.Linear):

@@ -7,6 +7,7 @@ one shape are treated at once, in the device's own dtype (see runtime.pick_dtype
 processes share the work.
 """
 
+import math
 from functools import partial
 
 import torch
@@ -187,10 +188,10 @@ class Muon(torch.optim.Optimizer):
             # q, k and v, for example, are one parameter and three matrices.
             for matrix in direction.split(group['out_sizes']):
                 by_shape.setdefault(matrix.shape, []).append(matrix)
-        updates = {  # in the same order
-            shape: iter(split_over_processes(self.orthogonalize, torch.stack(matrices)))
-            for shape, matrices in by_shape.items()
-        }
+        updates = {}  # in the same order
+        for shape in list(by_shape):
+            batch = split_over_processes(self.orthogonalize, by_shape.pop(shape))
+            updates[shape] = iter(batch)
         for parameter, group in pairs:
             lr = group['lr'] * full_tensor(taken)
             shapes = [(rows, parameter.shape[1]) for rows in group['out_sizes']]
@@ -218,18 +219,19 @@ class Muon(torch.optim.Optimizer):
 def make_rounds(groups, n_processes):
     """Divide parameters into the lists that are treated at once, [(parameter, group), ...] each.
 
-    Small matrices are faster together. Of large ones a list has few, which bounds the memory, but
-    some for each process.
+    Small matrices are faster together. Large ones are not, and would take memory, so a list ends
+    when it has ROUND numbers, and a matrix for each process.
     """
-    rounds = [[]]
-    size = 0
+    rounds = []
+    size = n_matrices = math.inf
     for group in groups:
         for parameter in group['params']:
-            if size >= ROUND and len(rounds[-1]) % n_processes == 0:
+            if size >= ROUND and n_matrices >= n_processes:
                 rounds.append([])
-                size = 0
+                size = n_matrices = 0
             rounds[-1].append((parameter, group))
             size += parameter.numel()
+            n_matrices += len(group['out_sizes'])
     return rounds
 
 
@@ -246,6 +248,8 @@ def orthogonalize(matrices, dtype):
     x = matrices.mT if is_tall else matrices  # X^T X is smaller than X X^T
     # Divided before they are rounded: float16 has no small numbers.
     x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
+    # From 1.5 on that is fewer operations, 4 m²n + 34 m³ for 20 m²n + 10 m³. In 16 bits the small
+    # eigenvalues of X X^T would be lost.
     if x.shape[2] > 1.5 * x.shape[1] and dtype == torch.float32:
         x = newton_schulz(x @ x.mT) @ x
     else:
@@ -257,10 +261,7 @@ def orthogonalize(matrices, dtype):
 
 
 def newton_schulz(A):
-    """Return Q, so that the steps make Q X of an X with A = X X^T: fewer operations for a long X.
-
-    In 16 bits the small eigenvalues of A would be lost.
-    """
+    """Return the matrices Q for which Q X is what the steps make of X, from A = X X^T alone."""
     Q = P = None
     for a, b, c in COEFFICIENTS:
         if P is not None:

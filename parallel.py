@@ -133,21 +133,20 @@ def async_max(number):
     return answer
 
 
-def split_over_processes(function, batch):
-    """Compute function(batch), which treats each row by itself, each process a part of the rows."""
+def split_over_processes(function, tensors):
+    """Compute function of a stack of tensors, each by itself, in each process of a part of them."""
     if world_size == 1:
-        return function(batch)
-    rows = math.ceil(len(batch) / world_size)  # per process: all-gather needs the same from each
-    own_rows = batch[rank * rows : (rank + 1) * rows]
-    if len(own_rows) < rows:
-        padding = batch.new_zeros(rows - len(own_rows), *batch.shape[1:])
-        own_rows = torch.cat((own_rows, padding))
-    own_result = function(own_rows).contiguous()  # NCCL takes no transposed tensor, gloo does
+        return function(torch.stack(tensors))
+    rows = math.ceil(len(tensors) / world_size)  # per process: all-gather needs the same from each
+    own = tensors[rank * rows : (rank + 1) * rows]
+    padding = [torch.zeros_like(tensors[0])] * (rows - len(own))
+    # NCCL takes no transposed tensor, gloo does.
+    own_result = function(torch.stack(own + padding)).contiguous()
     result = own_result.new_empty(rows * world_size, *own_result.shape[1:])
     all_gather = getattr(dist, 'all_gather_single', None)  # its name since torch 2.13
     all_gather = all_gather or dist.all_gather_into_tensor
     all_gather(result, own_result)
-    return result[: len(batch)]
+    return result[: len(tensors)]
 
 
 # -----------------------------------------------------------------------------

@@ -143,24 +143,26 @@ def muon_rounds(model, optimizer, n_devices):
     if optimizer != 'muon':
         return []
     groups = [group for group in parameter_groups(model, 0.0) if 'out_sizes' in group]
-    return [
-        Counter((rows, p.shape[1]) for p, group in pairs for rows in group['out_sizes'])
-        for pairs in make_rounds(groups, n_devices)
-    ]
+    rounds = []
+    for pairs in make_rounds(groups, n_devices):
+        shapes = Counter()
+        for parameter, group in pairs:
+            shapes.update((rows, parameter.shape[1]) for rows in group['out_sizes'])
+        rounds.append(shapes)
+    return rounds
 
 
 def own_numbers(shape, n_matrices, n_devices):
-    """Return how many numbers are in those that each device orthogonalizes, padding among them."""
+    """Return the numbers that each device orthogonalizes, those of padding among them."""
     return math.ceil(n_matrices / n_devices) * math.prod(shape)
 
 
-def update_bytes(round, n_devices, itemsize):
+def update_bytes(shapes, n_devices, itemsize):
     """Return what Muon.step_round() has at a time: all matrices in float32, and all updates."""
-    updates = [n_devices * own_numbers(*item, n_devices) for item in round.items()]
-    directions = 4 * sum(math.prod(shape) for shape in round.elements())
-    # While a device computes its own part of the largest, of which there are four versions.
-    largest = (4 + 4 * itemsize / n_devices) * max(updates)
-    return directions + itemsize * sum(updates) + largest
+    directions = 4 * sum(math.prod(shape) for shape in shapes.elements())
+    own = [own_numbers(*item, n_devices) for item in shapes.items()]
+    # Of those that a device computes itself there is a stack in float32, and four versions.
+    return directions + itemsize * n_devices * sum(own) + (4 + 4 * itemsize) * max(own)
 
 
 def shard(shape, knobs, whole, n_devices, recomputed=0):
@@ -188,7 +190,7 @@ def shard(shape, knobs, whole, n_devices, recomputed=0):
     in_a_block = 2 * block + 4 * n_in_block + 4 * model.lm_head.weight.numel() + recomputed
     needed = row['activations'] + 4 * n_around + max(at_the_loss, in_a_block)
     rounds = muon_rounds(model, knobs['optimizer'], n_devices)
-    sizes = [update_bytes(round, n_devices, block_dtype.itemsize) for round in rounds]
+    sizes = [update_bytes(shapes, n_devices, block_dtype.itemsize) for shapes in rounds]
     row['loss etc.'] = max([needed, *sizes]) - row['activations']
     for name in ('weights', 'gradients', 'optimizer'):
         row[name] = whole[name] / n_shards
@@ -213,8 +215,8 @@ def traffic(model, knobs, n_devices, n_micro_steps):
     gathered = 2 * itemsize * in_blocks + 4 * around
 
     rounds = muon_rounds(model, knobs['optimizer'], n_devices)
-    matrices = sum(math.prod(shape) for round in rounds for shape in round.elements())
-    own = [own_numbers(*item, n_devices) for round in rounds for item in round.items()]
+    matrices = sum(math.prod(shape) for shapes in rounds for shape in shapes.elements())
+    own = [own_numbers(*item, n_devices) for shapes in rounds for item in shapes.items()]
     # Of whoever has computed them; all devices send as many, so some send padding.
     updates = itemsize * sum(own) * (n_devices - 1)
     all_sent_of = (n_devices - 1) / n_devices

@@ -93,7 +93,11 @@ def print_length(n_steps, factors, epochs):
 
 
 def print_bound(flops, device, dtype):
-    """Say how long a step takes at least, where that is long: as if it were matrix products."""
+    """Say how long a step takes at least, where that is long.
+
+    That is as if all of it ran at the rate of large matrix products, which is measured only where
+    no CPU would take less than ten seconds.
+    """
     if device == 'cpu' and flops > 1e13:
         seconds = flops / runtime.matmul_flops(device, dtype)
         if seconds > 10:

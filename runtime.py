@@ -314,13 +314,18 @@ def matmul_flops(device, dtype):
     n = 1536 if torch.device(device).type == 'cpu' else 8192
     a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, dtype))
     seconds = []
-    for _ in range(10):
-        synchronize(device)
-        start = time.perf_counter()
-        a @ b
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
+    while len(seconds) < 10 and sum(seconds) < 1:
+        seconds.append(seconds_of(device, torch.matmul, a, b))
     return 2 * n**3 / min(seconds)
+
+
+def seconds_of(device, function, *args):
+    """Return the seconds that a device takes for function(*args)."""
+    synchronize(device)
+    start = time.perf_counter()
+    function(*args)
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 def find_gpu(device):

@@ -395,8 +395,6 @@ if resuming:
 
 if writes:
     checkpoint.lock_folder(out_dir)
-if not eval_only:
-    runtime.install_signal_handlers()
 
 
 def begin():
@@ -404,8 +402,6 @@ def begin():
     if not eval_only:
         factors = (batch_size, gradient_accumulation_steps, block_size)
         report.print_length(max_iters, factors, data.epochs(max_iters * windows_per_step))
-        flops = tokens_per_step * flops_per_token / parallel.world_size
-        report.print_bound(flops, device_type, precision)
     if writes:
         report.start_tracker(tracker, out_dir, run_config, progress.step)
         report.truncate_log(log_path, progress.step, progress.last_eval_step)
@@ -418,6 +414,10 @@ peak_flops = runtime.peak_flops(my_device, precision)  # None where it is not kn
 if peak_flops:
     peak_flops *= parallel.world_size
 
+if not eval_only:
+    runtime.install_signal_handlers()
+    flops = tokens_per_step * flops_per_token / parallel.world_size
+    report.print_bound(flops, device_type, precision)
 timed_steps = None  # with max_minutes
 if max_minutes is not None and not resuming and not eval_only:
     timed_steps = TimedSteps(max_minutes, model, optimizers, scaler, compiles)

@@ -1,12 +1,12 @@
 # nanoGPT's published recipe for character-level Shakespeare on a CPU, number for number: the
-# baseline of `bench.py race`. train_shakespeare_char.py reaches its loss in a tenth of the time.
+# baseline of `bench.py race`. train_shakespeare_char.py reaches its loss in a twelfth of the time.
 #
 #     head -c 1115394 corpus/shakespeare.txt | sed 's/<|endoftext|>//' > input.txt
 #     python prepare.py --input=input.txt --tokenizer=char --name=shakespeare_char
 #     python train.py config/baseline_shakespeare_char.py
 #
 # 12 x 64 = 768 tokens per step; 2,000 steps = 1.5 million tokens = 1.5 epochs.
-# Measured on two CPU cores: validation loss 1.94 to 1.95 after 132 s (BENCHMARKS.md).
+# Measured on two CPU cores: validation loss 1.94 to 1.95 after 90 s (BENCHMARKS.md).
 
 out_dir = 'out-shakespeare-char-baseline'
 dataset = 'shakespeare_char'

@@ -340,10 +340,10 @@ def test_a_step_of_minutes_is_announced_before_it_begins(run, sheep, capsys, mon
     report.print_bound(6e13, 'cuda', 'float32')  # never so long
     assert not capsys.readouterr().out
 
-    monkeypatch.setattr(GPT, 'flops_per_token', lambda self, block_size: 1e13)
+    monkeypatch.setattr(GPT, 'flops_per_token', lambda self, block_size=None: 1e13)
     monkeypatch.setattr(runtime, 'matmul_flops', lambda device, dtype: 1e13)
     out = train(run, '--max_iters=1').out
-    assert re.search(r'\nsteps .* = 128 tokens.*\n        at least 2m08s a step here\n', out), out
+    assert '        at least 2m08s a step here\nsteps   1, each' in out
 
 
 def test_a_short_step_is_not_measured_first(monkeypatch):
@@ -353,10 +353,9 @@ def test_a_short_step_is_not_measured_first(monkeypatch):
 
 def test_the_rate_of_matrix_products_is_what_the_threads_can():
     rate = runtime.matmul_flops('cpu', 'float32')
-    a, b = torch.randn(2, 512, 512)
-    start = time.perf_counter()
-    a @ b
-    assert rate > 0.2 * 2 * 512**3 / (time.perf_counter() - start)
+    a, b = torch.randn(2, 1536, 1536)
+    seconds = min(runtime.seconds_of('cpu', torch.matmul, a, b) for _ in range(10))
+    assert 0.4 < rate * seconds / (2 * 1536**3) < 2.5
 
 
 def test_the_first_micro_batch_says_how_long_a_step_takes(run, sheep, tmp_path, monkeypatch):

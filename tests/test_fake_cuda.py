@@ -615,7 +615,7 @@ def test_muon_computes_and_sends_what_is_native(gpu, monkeypatch, device, is_nat
         parameter.grad = torch.ones_like(parameter)
     muon.step()
     expected = getattr(torch, dtype)
-    assert gathered == [(expected, expected, torch.device(device))] * 2
+    assert gathered == [(expected, expected, torch.device(device))], 'all six at once'
     assert {product.dtype for product in products} == {expected}
     assert {parameter.dtype for parameter in parameters} == {torch.float32}
     assert not gpu.reads and not gpu.mixed

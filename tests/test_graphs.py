@@ -292,9 +292,9 @@ def test_fast_decoding_on_a_cpu_is_one_graph(graphs):
 @pytest.mark.parametrize(
     ('arch', 'shapes'),
     [
-        ('gpt2', 4),  # q, k and v; proj; fc; proj of the MLP
-        ('llama', 5),  # q; k and v; proj; fc, two in one; proj of the MLP
-        ('qwen3', 5),
+        ('gpt2', 3),  # q, k, v and proj; fc; proj of the MLP
+        ('llama', 4),  # q and proj; k and v; fc, two in one; proj of the MLP
+        ('qwen3', 4),
     ],
 )
 def test_muon_compiles_each_shape_once(graphs, arch, shapes):
@@ -310,6 +310,7 @@ def test_muon_compiles_each_shape_once(graphs, arch, shapes):
             optimizer.zero_grad()
         numbers.append(len(graphs))
     assert numbers == [shapes] * 4
-    assert all(graph['baddbmm'] == 10 for graph in graphs), 'five steps in each'
+    of_long = 5  # whose steps are products of A = X X^T
+    assert {graph['baddbmm'] for graph in graphs} == {10, of_long}, 'five steps in each'
     assert shapes < torch._dynamo.config.recompile_limit, 'else the rest would not be compiled'
     assert breaks() == 0

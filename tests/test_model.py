@@ -33,6 +33,7 @@ from model import (
     PUBLISHED,
     GPTConfig,
     Linear,
+    RMSNorm,
     UserError,
     hf_tensors,
     sample_next,
@@ -102,6 +103,27 @@ def norm_in_full_precision(self, x):
     """transformers computes RMSNorm in float32 whatever the model's dtype; a reference for float64
     must not."""
     return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_norm_and_its_gradients_are_those_of_float64(dtype):
+    torch.manual_seed(0)
+    x = (1e4 * torch.randn(2, 3, 32)).to(dtype)  # squares have no place in float16
+    norm = RMSNorm(32, 1e-5)
+    norm.weight.data.normal_()
+    norm.to(dtype)
+    gradient = torch.randn(2, 3, 32).to(dtype)
+    inputs = [tensor.detach().clone().requires_grad_() for tensor in (x, norm.weight)]
+    expected = F.rms_norm(inputs[0].double(), (32,), inputs[1].double(), 1e-5)
+    expected.backward(gradient.double())
+    x.requires_grad_()
+    found = norm(x)
+    found.backward(gradient)
+    pairs = ((found, expected), (x.grad, inputs[0].grad), (norm.weight.grad, inputs[1].grad))
+    for ours, exact in pairs:
+        assert ours.dtype == dtype
+        off = (ours.double() - exact).norm() / exact.norm()
+        assert off < 10 * torch.finfo(dtype).eps
 
 
 @every_shape

@@ -144,6 +144,12 @@ def test_weights_alone_are_those_of_their_step_too(
         assert same(load(path.read_bytes()), weights(tmp_path / 'out', step))
 
 
+def test_the_thread_that_saves_has_no_helpers():
+    n_threads = torch.get_num_threads()
+    assert checkpoint._writer.submit(torch.get_num_threads).result() == 1
+    assert torch.get_num_threads() == n_threads, 'as many for the training as before'
+
+
 def test_a_copy_shares_no_memory_with_what_is_trained():
     torch.manual_seed(0)
     shape = {'vocab_size': 60, 'n_layer': 1, 'n_head': 2, 'n_embd': 32, 'block_size': 8}

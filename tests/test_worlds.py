@@ -303,6 +303,7 @@ def expected_traffic(model, way, optimizer, dtype):
         total['reduce'] += 4 * sum(p.numel() for p in model.parameters())
 
     if optimizer == 'muon':
+        shapes = Counter()  # of the matrices: those of a shape are gathered together
         for group in optim.parameter_groups(model, 0.0):
             if 'out_sizes' not in group:
                 continue
@@ -310,9 +311,12 @@ def expected_traffic(model, way, optimizer, dtype):
             if fsdp:  # the directions, in float32
                 counted['gather'] += len(parameters)
                 total['gather'] += 4 * sum(padded(p, shards) for p in parameters)
-            rows = math.ceil(len(parameters) / ranks) * ranks  # the matrices, and padding
-            counted['gather'] += len(group['out_sizes'])
-            total['gather'] += itemsize * rows * parameters[0].numel()
+            for rows in group['out_sizes']:
+                shapes[rows, parameters[0].shape[1]] += len(parameters)
+        for shape, n_matrices in shapes.items():
+            with_padding = math.ceil(n_matrices / ranks) * ranks
+            counted['gather'] += 1
+            total['gather'] += itemsize * with_padding * math.prod(shape)
     return {kind: (counted[kind], total[kind]) for kind in counted}
 
 
