@@ -58,7 +58,7 @@ limit: int | None = None  # use only the first questions of each; None: all
 # system
 batch_size = 8  # windows, or answers, per batch
 device = 'auto'  # 'cuda', 'xpu', 'mps', 'cpu'; 'auto' takes the first there is
-dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: 16-bit on CUDA, XPU only
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: 16-bit where it is faster
 format: Literal['text', 'json'] = 'text'  # a table, or one object
 # -----------------------------------------------------------------------------
 config = configure(globals())

@@ -48,10 +48,10 @@ def load_tokenizer(folder, vocab_size):
 def to_column_major(model):
     """Store matrices column by column, with the same values.
 
-    Decoding uncompiled, a CPU reads them 1.2 times faster.
+    Decoding uncompiled in float32, a CPU reads them 1.2 times faster; in 16 bits it does not.
     """
     for parameter in model.parameters():
-        if parameter.dim() == 2:
+        if parameter.dim() == 2 and parameter.dtype == torch.float32:
             parameter.data = parameter.data.t().contiguous().t()
 
 

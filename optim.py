@@ -3,8 +3,7 @@
 Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/) is SGD with momentum whose
 updates are orthogonalized. It is for the matrices inside the blocks; embeddings, lm_head, norms and
 biases stay with AdamW. `torch.optim.Muon` treats one matrix at a time in bfloat16. Here many of
-one shape are treated at once, in the device's own dtype (see runtime.pick_dtype), and several
-processes share the work.
+one shape are treated at once, in the dtype of the run, and several processes share the work.
 """
 
 import math
@@ -15,7 +14,7 @@ import torch
 import parallel
 from model import GPT, GPTConfig
 from parallel import full_tensor, shard_like, split_over_processes
-from runtime import UserError, make_autocast, pick_dtype
+from runtime import UserError, make_autocast
 
 COEFFICIENTS = 5 * [(3.4445, -4.7750, 2.0315)]  # of Muon's Newton-Schulz steps
 ROUND = 2**24  # numbers in the matrices that Muon treats at once
@@ -62,11 +61,12 @@ def parameter_groups(model, weight_decay):
 
 
 def make_optimizers(
-    model, optimizer, learning_rate, betas, weight_decay, muon_lr, muon_momentum, compile=False
-):
+    model, optimizer, learning_rate, betas, weight_decay, muon_lr, muon_momentum,
+    dtype='float32', compile=False,
+):  # fmt: skip
     """The optimizers of a run: AdamW for everything, or with optimizer='muon' Muon for what it can.
 
-    Each has its peak learning rate in `defaults['lr']`. compile: compile Muon's orthogonalization.
+    Each has its peak learning rate in `defaults['lr']`. dtype, compile: for Muon's products.
     """
     groups = parameter_groups(model, weight_decay)
     for_adamw = groups
@@ -79,7 +79,7 @@ def make_optimizers(
     if for_adamw:
         optimizers.append(torch.optim.AdamW(for_adamw, lr=learning_rate, betas=betas, fused=True))
     if for_muon:
-        optimizers.append(Muon(for_muon, lr=muon_lr, momentum=muon_momentum, compile=compile))
+        optimizers.append(Muon(for_muon, muon_lr, muon_momentum, dtype=dtype, compile=compile))
     return optimizers
 
 
@@ -165,12 +165,12 @@ class Muon(torch.optim.Optimizer):
     As with torch's fused optimizers, found_inf = tensor(1.0) makes a step that changes nothing.
     """
 
-    def __init__(self, groups, lr=0.02, momentum=0.95, weight_decay=0.1, compile=False):
+    def __init__(
+        self, groups, lr=0.02, momentum=0.95, weight_decay=0.1, dtype='float32', compile=False
+    ):
         defaults = {'lr': lr, 'momentum': momentum, 'weight_decay': weight_decay}
         super().__init__(groups, defaults)
-        device = self.param_groups[0]['params'][0].device
-        dtype = getattr(torch, pick_dtype('auto', device))
-        in_dtype = partial(orthogonalize, dtype=dtype)
+        in_dtype = partial(orthogonalize, dtype=getattr(torch, dtype))
         self.orthogonalize = torch.compile(in_dtype) if compile else in_dtype
 
     @torch.no_grad()

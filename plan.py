@@ -48,8 +48,8 @@ MOST_LOGITS = 2**35  # more at once fit on no device
 LAUNCH = 0.01  # seconds of a step on a GPU, at least: its kernels have to be launched
 OWN_MODELS = ('scratch', 'resume', 'auto')  # init_from for a model that the knobs describe
 # What dtype='auto' is on them; on the others it is bfloat16.
-DTYPES = {'CPU': 'float32', 'M1': 'float32', 'M1Max': 'float32', 'M1Ultra': 'float32'}
-DTYPES |= {'M2Ultra': 'float32', 'T4': 'float16', 'V100': 'float16'}
+DTYPES = {'CPU': runtime.pick_dtype('auto', 'cpu'), 'T4': 'float16', 'V100': 'float16'}
+DTYPES |= dict.fromkeys(('M1', 'M1Max', 'M1Ultra', 'M2Ultra'), 'float32')
 
 # -----------------------------------------------------------------------------
 # memory
@@ -82,7 +82,8 @@ class Memory(TorchDispatchMode):
 def make_training(model, knobs):
     """Freeze what is to be frozen, and return the optimizers. Their numbers do not matter here."""
     freeze(model, knobs['freeze'])
-    return make_optimizers(model, knobs['optimizer'], 1e-3, (0.9, 0.95), 0.1, 0.02, 0.95)
+    name, dtype = knobs['optimizer'], knobs['dtype']
+    return make_optimizers(model, name, 1e-3, (0.9, 0.95), 0.1, 0.02, 0.95, dtype)
 
 
 def dry_run(shape, knobs, activation_checkpointing, where='cpu', block_dtype=None):
@@ -98,6 +99,8 @@ def dry_run(shape, knobs, activation_checkpointing, where='cpu', block_dtype=Non
         model = GPT(replace(shape))
         model.config.dropout = 0.0  # attention's, which on CUDA needs no memory; the others stay
         model.max_logits = MAX_LOGITS[where]
+        for block in model.blocks:
+            block.attn.upcasts = where == 'cpu'
         for layer in model.blocks.modules() if block_dtype else ():
             for name, parameter in list(layer.named_parameters(recurse=False)):
                 setattr(layer, name, torch.nn.Parameter(parameter.detach().to(block_dtype)))

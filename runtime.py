@@ -243,7 +243,7 @@ def check_driver():
 
 
 def pick_dtype(name, device):
-    """Return the dtype for a knob: 'auto' is float32 on the CPU and MPS, else a 16-bit one.
+    """Return the dtype for a knob: 'auto' is a 16-bit one where it is faster, else float32.
 
     It is bfloat16 where the device computes in it; older GPUs, such as V100 and T4, emulate it.
     """
@@ -252,11 +252,21 @@ def pick_dtype(name, device):
     kind = torch.device(device).type
     if name != 'auto':
         return name
-    if kind in ('cpu', 'mps'):
+    if kind == 'cpu':
+        return 'bfloat16' if multiplies_bfloat16() else 'float32'
+    if kind == 'mps':
         return 'float32'
     if kind == 'xpu' or torch.cuda.is_bf16_supported(including_emulation=False):
         return 'bfloat16'
     return 'float16'
+
+
+def multiplies_bfloat16():
+    """Return whether the CPU has instructions for it: AMD's since Zen 4, Xeons since 2020."""
+    import torch
+
+    has = getattr(torch.cpu, 'get_capabilities', dict)()  # torch 2.11 lacks the function
+    return has.get('avx512_bf16', False) or has.get('amx_bf16', False)
 
 
 def make_autocast(device, dtype):

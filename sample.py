@@ -47,7 +47,7 @@ seed = 1337  # the same seed gives the same samples
 # output and system
 format: Literal['text', 'jsonl'] = 'text'  # printed as it is generated, or an object per sample
 device = 'auto'  # 'cuda', 'xpu', 'mps', 'cpu'; 'auto' takes the first there is
-dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: 16-bit on CUDA, XPU only
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: 16-bit where it is faster
 compile = False  # compile the decoding of a token: up to a minute at the start, then faster
 # -----------------------------------------------------------------------------
 config = configure(globals())

@@ -86,7 +86,7 @@ min_lr: float | None = None  # at the end, Muon's in proportion; None: a tenth o
 # system
 device = 'auto'  # 'cuda', 'cuda:1', 'xpu', 'mps', 'cpu'; 'auto': the first there is
 backend: Literal['nccl', 'gloo'] | None = None  # under torchrun; None: the device's own
-dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: 16-bit on CUDA, XPU only
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: 16-bit where it is faster
 compile: bool | None = None  # with torch.compile; None: on CUDA and XPU only
 activation_checkpointing = False  # compute activations twice, not keep them: slower, less memory
 fsdp = False  # under torchrun: shard parameters, gradients and optimizer state (FSDP2)
@@ -233,11 +233,11 @@ train_model = parallel.distribute(model, my_device, precision, fsdp, fsdp_replic
 # -----------------------------------------------------------------------------
 # optimizer
 
-betas = (beta1, beta2)
 compiles_muon = compiles and device_type != 'cpu'  # no gain on a CPU: it is matrix products
 optimizers = optim.make_optimizers(
-    model, optimizer, learning_rate, betas, weight_decay, muon_lr, muon_momentum, compiles_muon
-)
+    model, optimizer, learning_rate, (beta1, beta2), weight_decay, muon_lr, muon_momentum,
+    precision, compiles_muon,
+)  # fmt: skip
 if resuming:
     parallel.restore_optimizers(model, optimizers, saved.optimizer)
     saved.optimizer = None  # it is large

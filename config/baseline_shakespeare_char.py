@@ -26,6 +26,7 @@ lr_decay_iters = 2000
 min_lr = 1e-4
 warmup_iters = 100
 beta2 = 0.99
+dtype = 'float32'  # as nanoGPT computes on a CPU
 compile = False
 
 eval_interval = 250

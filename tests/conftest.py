@@ -158,7 +158,7 @@ def sheep(run, tmp_path):
 
 def train(run, *args, out='out', code=0, folder=ROOT):
     """Train a tiny model on the sheep; code is the status to expect."""
-    flags = ['--dataset=sheep', f'--out_dir={out}', *TINY, *args]
+    flags = ['--dataset=sheep', f'--out_dir={out}', *TINY, '--dtype=float32', *args]
     result = run('train.py', *flags, folder=folder)
     assert result.code == code, result.err
     return result

@@ -585,7 +585,7 @@ def test_a_plan_counts_epochs_and_minutes(run, sheep, tmp_path, monkeypatch):
     assert '\ntime    2m00s on this machine' in on_cpu.out
 
     flags = ['--plan', '--n_embd=512', '--n_layer=8', '--batch_size=64', '--block_size=512']
-    on_gpu = train(run, *flags, '--plan_gpu=H100', '--max_minutes=60')
+    on_gpu = train(run, *flags, '--plan_gpu=H100', '--max_minutes=60', '--dtype=auto')
     n_steps = steps_of(on_gpu)
     assert '\ntime    1h00m on 1 x H100' in on_gpu.out
     rate = int(re.search(r'([\d,]+) tokens/s', on_gpu.out)[1].replace(',', ''))

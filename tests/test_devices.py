@@ -114,14 +114,16 @@ def test_no_card_or_no_cuda_in_torch_is_the_cpu(unusable_gpu, monkeypatch):
 
 
 @pytest.mark.parametrize('is_native', [True, False])
-def test_sixteen_bits_are_for_gpus_that_compute_in_them(monkeypatch, is_native):
+def test_sixteen_bits_are_for_devices_that_compute_in_them(monkeypatch, is_native):
     def is_bf16_supported(including_emulation=True):
         return including_emulation or is_native
 
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', is_bf16_supported)
+    monkeypatch.setattr(runtime, 'multiplies_bfloat16', lambda: is_native)
     picked = {kind: runtime.pick_dtype('auto', kind) for kind in runtime.DEVICES}
     of_cuda = 'bfloat16' if is_native else 'float16'
-    expected = {'cuda': of_cuda, 'xpu': 'bfloat16', 'mps': 'float32', 'cpu': 'float32'}
+    of_cpu = 'bfloat16' if is_native else 'float32'
+    expected = {'cuda': of_cuda, 'xpu': 'bfloat16', 'mps': 'float32', 'cpu': of_cpu}
     assert picked == expected
     for kind in runtime.DEVICES:
         assert runtime.pick_dtype('auto', f'{kind}:0') == expected[kind]

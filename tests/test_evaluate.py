@@ -71,7 +71,8 @@ def test_a_sliding_window_gives_tokens_their_context(run, tmp_path, arch, contex
     save(tmp_path / 'm', tk.build('byte'), arch=arch, block_size=context)
     text = (TEXT * 2)[: 3 * context // 2 + 77]
     (tmp_path / 'x.txt').write_text(text)
-    found = eval_text(run, '--init_from=m', '--input=x.txt', f'--stride={stride}')
+    flags = ['--init_from=m', '--input=x.txt', '--dtype=float32']
+    found = eval_text(run, *flags, f'--stride={stride}')
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / 'm').eval()
     nats = losses_token_by_token(theirs, torch.tensor(list(text.encode())), context, stride)
     assert len(nats) == len(text.encode()) - 1 == found['tokens'] - 1
@@ -95,16 +96,18 @@ def test_bits_per_byte_and_per_word_do_not_depend_on_tokens(run, tmp_path):
         assert math.log2(found['word_perplexity']) == pytest.approx(bits / n_words, rel=1e-6)
 
 
-def test_a_run_is_evaluated_as_it_evaluates_itself(run, sheep, tmp_path):
-    train(run, '--max_iters=30', '--learning_rate=1e-2')
-    found = eval_text(run, '--out_dir=out', '--batch_size=3')
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_a_run_is_evaluated_as_it_evaluates_itself(run, sheep, tmp_path, dtype):
+    in_dtype = f'--dtype={dtype}'
+    train(run, '--max_iters=30', '--learning_rate=1e-2', in_dtype)
+    found = eval_text(run, '--out_dir=out', '--batch_size=3', in_dtype)
     bits_per_byte = losses(tmp_path / 'out', 'bits_per_byte')[30]
     assert found['source'] == 'data/sheep, val'
     assert found['loss'] == pytest.approx(losses(tmp_path / 'out')[30], rel=1e-6)
     assert found['bits_per_byte'] == pytest.approx(bits_per_byte, rel=1e-6)
     assert found['bytes'] == json.loads((sheep / 'meta.json').read_text())['val']['bytes']
 
-    again = train(run, '--init_from=resume', '--eval_only')
+    again = train(run, '--init_from=resume', '--eval_only', in_dtype)
     assert f'{found["loss"]:.4f}  validation' in again.out
     train_split = eval_text(run, '--out_dir=out', '--split=train')
     assert train_split['tokens'] == len(Dataset('sheep', tmp_path / 'data').train)
@@ -190,7 +193,8 @@ def test_last_words_are_scored_as_one_by_one(run, tmp_path):
     tokenizer = tk.build('bpe', [TEXT], 300)
     model = save(tmp_path / 'm', tokenizer, block_size=24)
     write_rows(tmp_path / 'l.jsonl', [{'text': f'{context}wolf'} for context in CONTEXTS])
-    results, _ = evaluate(run, '--init_from=m', '--lambada=l.jsonl', '--batch_size=4')
+    flags = ['--init_from=m', '--lambada=l.jsonl', '--dtype=float32']
+    results, _ = evaluate(run, *flags, '--batch_size=4')
     found = results['lambada']
     one_by_one = [score(model, tokenizer, context.rstrip(), ' wolf') for context in CONTEXTS]
     perplexity = math.exp(-np.mean([nats for nats, _ in one_by_one]))

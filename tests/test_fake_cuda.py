@@ -585,13 +585,10 @@ def test_evaluations_are_exact_and_training_is_fast(gpu, arch, dtype, max_logits
 
 
 @pytest.mark.parametrize(
-    ('device', 'is_native', 'dtype'),
-    [(GPU, True, 'bfloat16'), (GPU, False, 'float16'), ('cpu', True, 'float32')],
+    ('device', 'dtype'),
+    [(GPU, 'bfloat16'), (GPU, 'float16'), ('cpu', 'bfloat16'), ('cpu', 'float32')],
 )
-def test_muon_computes_and_sends_what_is_native(gpu, monkeypatch, device, is_native, dtype):
-    def is_bf16_supported(including_emulation=True):
-        return including_emulation or is_native
-
+def test_muon_computes_and_sends_in_its_dtype(gpu, monkeypatch, device, dtype):
     def all_gather(result, own):
         assert result.is_contiguous() and own.is_contiguous()
         gathered.append((result.dtype, own.dtype, result.device))
@@ -604,13 +601,12 @@ def test_muon_computes_and_sends_what_is_native(gpu, monkeypatch, device, is_nat
         products.append(baddbmm(*args, **options))
         return products[-1]
 
-    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', is_bf16_supported)
     monkeypatch.setattr(torch, 'baddbmm', noted)
     monkeypatch.setattr(parallel, 'world_size', 2)
     monkeypatch.setattr(dist, 'all_gather_into_tensor', all_gather)
     monkeypatch.setattr(dist, 'all_gather_single', all_gather, raising=False)
     parameters = [torch.nn.Parameter(torch.ones(64, 32, device=device)) for _ in range(3)]
-    muon = optim.Muon([{'params': parameters, 'out_sizes': (32, 32)}])
+    muon = optim.Muon([{'params': parameters, 'out_sizes': (32, 32)}], dtype=dtype)
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     muon.step()

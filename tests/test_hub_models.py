@@ -26,10 +26,10 @@ SHARDS += ['model.safetensors.index.json']
 TEXT = ''.join(SHEEP.format(n) for n in range(40))
 INPUT = '--input=sheep.txt'
 TRAIN = ['--dataset=sheep', '--block_size=16', '--batch_size=2', '--max_iters=2', '--device=cpu']
-TRAIN += ['--gradient_accumulation_steps=1']
-EVALUATE = [INPUT, '--format=json', '--device=cpu']
+TRAIN += ['--gradient_accumulation_steps=1', '--dtype=float32']
+EVALUATE = [INPUT, '--format=json', '--device=cpu', '--dtype=float32']
 SAMPLE = ['--temperature=0', '--num_samples=1', '--max_new_tokens=12', '--start=Many sheep']
-SAMPLE += ['--format=jsonl', '--device=cpu']
+SAMPLE += ['--format=jsonl', '--device=cpu', '--dtype=float32']
 # Each script that takes a name, up to where the name goes.
 BY_NAME = [
     ['sample.py', *SAMPLE, '--init_from='],

@@ -1,5 +1,6 @@
 """The model against transformers, plain autograd, float64 and published figures."""
 
+import contextlib
 import json
 import math
 
@@ -124,6 +125,36 @@ def test_a_norm_and_its_gradients_are_those_of_float64(dtype):
         assert ours.dtype == dtype
         off = (ours.double() - exact).norm() / exact.norm()
         assert off < 10 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize('arch', ['gpt2', 'llama', 'qwen2', 'qwen3'])
+def test_a_cpu_attends_in_float32_and_multiplies_in_16_bits(monkeypatch, arch):
+    shape = {'vocab_size': 64, 'block_size': 16, 'n_layer': 2, 'n_head': 2, 'n_embd': 32}
+    seen = []
+
+    def attention(q, k, v, *args, original=F.scaled_dot_product_attention, **kwargs):
+        seen.extend([q.dtype, k.dtype, v.dtype])
+        y = original(q, k, v, *args, **kwargs)
+        seen.append(y.dtype)
+        return y
+
+    def gradients(model, autocast):
+        with autocast:
+            loss = model(idx, idx.roll(1, 1))
+        loss.backward()
+        assert seen == 4 * model.config.n_layer * [torch.float32]
+        seen.clear()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', attention)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(arch=arch, **shape))
+    idx = torch.randint(0, 64, (2, 16))
+    exact = gradients(model, contextlib.nullcontext())
+    model.zero_grad()
+    rounded = gradients(model, torch.autocast('cpu', torch.bfloat16))
+    off = (rounded - exact).norm() / exact.norm()
+    assert 0 < off < 0.03
 
 
 @every_shape

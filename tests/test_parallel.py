@@ -15,6 +15,7 @@ import checkpoint
 import parallel
 
 FLAGS = ['--dataset=sheep', *TINY, '--batch_size=2', '--gradient_accumulation_steps=4']
+FLAGS += ['--dtype=float32']  # also where 16 bits are faster
 FLAGS += ['--log_interval=5', '--eval_interval=25', '--learning_rate=1e-3', '--dropout=0.0']
 
 

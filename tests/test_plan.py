@@ -18,6 +18,7 @@ from test_evaluate import save
 from test_worlds import WAYS, simulated_peak, watched_step
 
 import plan
+import runtime
 import tokenizer as tk
 from model import GPT, PUBLISHED, GPTConfig
 from plan import COLUMNS, dry_run, memory_rows, traffic
@@ -390,7 +391,7 @@ def test_this_cpu_is_timed(sheep, run):
     result = run('train.py', '--plan', '--dataset=sheep', *TINY, '--plan_gpu=CPU')
     assert result.code == 0, result.err
     assert ' on this machine, by some steps here, ' in result.out
-    assert 'float32, not compiled; CPU has ' in result.out
+    assert f'{runtime.pick_dtype("auto", "cpu")}, not compiled; CPU has ' in result.out
     assert not [line for line in result.out.splitlines() if len(line) > 80]
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,8 +208,35 @@ def test_a_device_that_cannot_be_used_is_refused(name):
         runtime.pick_device(name)
 
 
-def test_auto_is_sixteen_bits_on_cuda_only(monkeypatch):
-    assert runtime.pick_dtype('auto', 'cpu') == runtime.pick_dtype('auto', 'mps') == 'float32'
+@pytest.mark.parametrize(
+    ('has', 'expected'),
+    [
+        ({'avx512_f': True, 'avx512_bf16': False, 'amx_bf16': False}, 'float32'),
+        ({'avx512_f': True, 'avx512_bf16': True, 'amx_bf16': False}, 'bfloat16'),  # AMD's Zen 4
+        ({'avx512_f': True, 'avx512_bf16': False, 'amx_bf16': True}, 'bfloat16'),
+        ({'neon': True, 'bf16': True}, 'float32'),  # not tried
+        (None, 'float32'),  # torch 2.11 does not say
+    ],
+)
+def test_a_cpu_computes_in_what_it_multiplies_fast(monkeypatch, has, expected):
+    if has is None:
+        monkeypatch.delattr(torch.cpu, 'get_capabilities', raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: has, raising=False)
+    assert runtime.pick_dtype('auto', 'cpu') == expected
+
+
+def test_a_cpu_says_what_it_has():
+    on_linux = os.path.exists('/proc/cpuinfo') and hasattr(torch.cpu, 'get_capabilities')
+    if not on_linux:
+        pytest.skip('there is nothing to compare with')
+    flags = Path('/proc/cpuinfo').read_text().split()
+    has_units = 'avx512_bf16' in flags or 'amx_bf16' in flags
+    assert runtime.multiplies_bfloat16() == has_units
+
+
+def test_auto_is_sixteen_bits_on_cuda(monkeypatch):
+    assert runtime.pick_dtype('auto', 'mps') == 'float32'
     assert runtime.pick_dtype('float16', 'cpu') == 'float16'
     answers = {'emulated': True}
 

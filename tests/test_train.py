@@ -70,12 +70,14 @@ def test_it_learns_and_the_scripts_work_from_the_command_line(tmp_path):
     assert first.returncode == 0, first.stderr
 
     flags = [*TINY, '--max_iters=120', '--learning_rate=1e-2', '--eval_interval=60', '--out_dir=o']
-    second = command('train.py', '--dataset=sheep', *flags, cwd=tmp_path)
+    flags += ['--dataset=sheep', '--dtype=float32']  # or there may be other sheep first
+    second = command('train.py', *flags, cwd=tmp_path)
     assert second.returncode == 0, second.stderr
     assert not second.stderr
     assert losses(tmp_path / 'o')[120] < 0.5 * losses(tmp_path / 'o')[0]
 
     flags = ['--out_dir=o', '--start=1 sheep', '--temperature=0', '--num_samples=1']
+    flags += ['--dtype=float32']
     third = command('sample.py', *flags, cwd=tmp_path)
     assert third.returncode == 0, third.stderr
     assert third.stderr == 'o/step_00000120, the best checkpoint\n'
@@ -365,6 +367,29 @@ def test_bfloat16_is_used_where_asked_for(run, sheep, tmp_path):
     assert curves[0] == pytest.approx(curves[1], abs=0.05)
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_muon_multiplies_in_the_dtype_of_the_run(run, sheep, monkeypatch, dtype):
+    seen = set()
+    baddbmm = torch.baddbmm
+
+    def noted(*args, **kwargs):
+        seen.update(tensor.dtype for tensor in args)
+        return baddbmm(*args, **kwargs)
+
+    monkeypatch.setattr(torch, 'baddbmm', noted)
+    train(run, '--max_iters=2', '--optimizer=muon', f'--dtype={dtype}')
+    assert seen == {getattr(torch, dtype)}
+
+
+@pytest.mark.parametrize('is_native', [True, False])
+def test_a_cpu_trains_in_what_is_fast_and_says_so(run, sheep, monkeypatch, is_native):
+    monkeypatch.setattr(runtime, 'multiplies_bfloat16', lambda: is_native)
+    expected = 'bfloat16' if is_native else 'float32'
+    result = train(run, '--max_iters=1', '--dtype=auto')
+    assert result.globals['precision'] == expected
+    assert f', {expected}, not compiled' in result.out
+
+
 def test_dropout_is_in_attention_in_blocks_and_in_the_embedding(monkeypatch):
     shape = {'vocab_size': 64, 'block_size': 16, 'n_layer': 1, 'n_head': 2, 'n_embd': 32}
     model = GPT(GPTConfig(**shape, dropout=0.5))
@@ -397,7 +422,8 @@ def test_samples_while_training_obey_the_seed(run, sheep, tmp_path):
     assert texts['a'] == texts['b']
     assert texts['a'] != texts['c']
     options = ['--num_samples=1', '--max_new_tokens=100', '--temperature=0.8', '--top_k=200']
-    again = run('sample.py', '--out_dir=a', '--start=1 sheep', '--seed=1', *options)
+    options += ['--dtype=float32', '--seed=1']
+    again = run('sample.py', '--out_dir=a', '--start=1 sheep', *options)
     assert again.code == 0, again.err
     assert again.out.startswith(texts['a'])
 

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 import optim
 import parallel
-from model import GPT, MAX_LOGITS, GPTConfig
+from model import GPT, MAX_LOGITS, Attention, GPTConfig
 from runtime import make_autocast
 
 SHAPES = {
@@ -86,7 +86,10 @@ def world():
 
 @pytest.fixture
 def gpu_norms(monkeypatch):
-    """CUDA's autocast computes LayerNorm in float32, weights as well; the CPU's leaves it alone."""
+    """CUDA's autocast computes LayerNorm in float32, weights as well; the CPU's leaves it alone.
+
+    And CUDA's attention is in 16 bits.
+    """
     layer_norm = torch.nn.functional.layer_norm
 
     def in_float32(x, shape, weight, bias, eps):
@@ -97,6 +100,7 @@ def gpu_norms(monkeypatch):
         return layer_norm(x, shape, weight, bias, eps)
 
     monkeypatch.setattr(torch.nn.functional, 'layer_norm', in_float32)
+    monkeypatch.setattr(Attention, 'upcasts', False)
 
 
 def make_model(arch):
@@ -105,10 +109,8 @@ def make_model(arch):
     return GPT(GPTConfig(**SHAPE, **SHAPES[arch]))
 
 
-def make_optimizers(model, optimizer, dtype, monkeypatch):
-    """The optimizers of a run; Muon computes in the dtype that a GPU of that run would take."""
-    monkeypatch.setattr(optim, 'pick_dtype', lambda name, device: dtype)
-    return optim.make_optimizers(model, optimizer, 1e-3, (0.9, 0.95), 0.1, 0.02, 0.95)
+def make_optimizers(model, optimizer, dtype):
+    return optim.make_optimizers(model, optimizer, 1e-3, (0.9, 0.95), 0.1, 0.02, 0.95, dtype)
 
 
 def distribute(model, way, dtype):
@@ -325,7 +327,7 @@ def watched_step(arch, way, optimizer, dtype, monkeypatch):
     model = make_model(arch)
     expected = expected_traffic(model, way, optimizer, dtype)
     train_model = distribute(model, way, dtype)
-    optimizers = make_optimizers(model, optimizer, dtype, monkeypatch)
+    optimizers = make_optimizers(model, optimizer, dtype)
     for _ in range(2):  # in its second step DDP tells the others how it has sorted its buckets
         training_step(model, train_model, optimizers, dtype, tokens())
     with Collectives() as collectives:
@@ -362,7 +364,7 @@ def test_between_micro_steps_gradients_are_sharded(world, monkeypatch, way):
     shards = ranks // replicas
     share = sum(4 * padded(p, shards) // shards for p in model.parameters())
     train_model = distribute(model, way, 'bfloat16')
-    optimizers = make_optimizers(model, 'adamw', 'bfloat16', monkeypatch)
+    optimizers = make_optimizers(model, 'adamw', 'bfloat16')
     idx = tokens()
     training_step(model, train_model, optimizers, 'bfloat16', idx)
     with Live() as live:
@@ -432,7 +434,7 @@ def test_the_whole_state_is_on_rank_0_alone(world, monkeypatch, rank, optimizer)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     largest = max(parameter.nbytes for parameter in model.parameters())
     train_model = parallel.distribute(model, 'cpu', 'bfloat16', fsdp=True)
-    optimizers = make_optimizers(model, optimizer, 'bfloat16', monkeypatch)
+    optimizers = make_optimizers(model, optimizer, 'bfloat16')
     training_step(model, train_model, optimizers, 'bfloat16', tokens())
     states = [state for optimizer in optimizers for state in optimizer.state.values()]
     with Live() as live:
@@ -515,6 +517,7 @@ def simulated_peak(shape, knobs, world_size, activation_checkpointing=False, fsd
         stack.enter_context(simulated_world(world_size))
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(device_mesh, 'init_device_mesh', real_mesh)
+        patch.setattr(Attention, 'upcasts', False)
         stack.enter_context(warnings.catch_warnings(action='ignore'))
         stack.enter_context(FakeTensorMode())
         model = GPT.blank(replace(shape))
@@ -522,7 +525,7 @@ def simulated_peak(shape, knobs, world_size, activation_checkpointing=False, fsd
         if activation_checkpointing:
             model.checkpoint_activations()
         train_model = parallel.distribute(model, 'cpu', dtype, True, fsdp_replicas)
-        optimizers = make_optimizers(model, knobs['optimizer'], dtype, patch)
+        optimizers = make_optimizers(model, knobs['optimizer'], dtype)
         idx = tokens({'block_size': knobs['block_size']}, knobs['batch_size'])
         live = stack.enter_context(Live())
         held = {'weights': live.see_all(model.parameters())}
