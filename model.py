@@ -14,6 +14,7 @@ Shapes in comments: B sequences, T positions, S positions in the KV cache, C = n
 queries, KV heads of keys and values, D = head_dim, V = vocabulary size, padded but for sampling.
 """
 
+import contextlib
 import functools
 import glob
 import json
@@ -198,8 +199,7 @@ def make_rope(config, positions):
 
     Computed when used, not kept: a model in 16 bits would round a table of them.
     """
-    D = config.head_dim
-    exponents = torch.arange(0, D, 2, device=positions.device).float() / D
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
     frequencies = 1 / config.rope_theta**exponents
     if config.rope_scaling:
         frequencies = scale_frequencies(frequencies, config.rope_scaling)
@@ -243,7 +243,9 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     """Causal self-attention, (B, T, C) -> (B, T, C)."""
 
-    upcasts = True  # on a CPU: in 16 bits its backward pass takes seven times as long
+    # Under a CPU's autocast it is in float32: in 16 bits its backward pass takes seven times as
+    # long. plan.py, which simulates GPUs on a CPU, sets this to False.
+    upcasts = True
 
     def __init__(self, config):
         super().__init__()
@@ -265,7 +267,8 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         H, KV, D = self.config.n_head, self.config.n_kv_head, self.config.head_dim
         heads = self.qkv(x).view(B, T, H + 2 * KV, D).transpose(1, 2)
-        if self.upcasts and torch.is_autocast_enabled('cpu'):
+        is_upcast = self.upcasts and cache is None and torch.is_autocast_enabled('cpu')
+        if is_upcast:
             heads = upcast(heads)
         q, k, v = heads.split((H, KV, KV), 1)  # (B, H, T, D) and twice (B, KV, T, D)
 
@@ -277,7 +280,7 @@ class Attention(nn.Module):
             k, v = cache.update(positions, k, v)  # (B, KV, S, D)
 
         dropout = self.config.dropout if self.training else 0.0
-        with torch.autocast('cpu', enabled=False):
+        with torch.autocast('cpu', enabled=False) if is_upcast else contextlib.nullcontext():
             y = F.scaled_dot_product_attention(
                 q, k, v, mask, dropout, is_causal=mask is None, enable_gqa=KV < H
             )
@@ -342,8 +345,7 @@ class GPT(nn.Module):
         # Added to the logits: -inf keeps the padding of the vocabulary out of every softmax.
         pad_mask = None  # no padding
         if V > config.vocab_size:
-            is_padding = torch.arange(V) >= config.vocab_size
-            pad_mask = torch.zeros(V).masked_fill(is_padding, -math.inf)
+            pad_mask = torch.zeros(V).masked_fill(torch.arange(V) >= config.vocab_size, -math.inf)
         self.register_buffer('pad_mask', pad_mask, persistent=False)
         self.max_logits = None  # at once, in the loss; None: MAX_LOGITS of the device
         self.init_weights()
@@ -612,8 +614,8 @@ def sample_next(
     """
     if repetition_penalty != 1:
         seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, tokens, True)
-        factor = torch.where(logits > 0, 1 / repetition_penalty, repetition_penalty)
-        logits = torch.where(seen, logits * factor, logits)
+        divisor = torch.where(logits > 0, repetition_penalty, 1 / repetition_penalty)
+        logits = torch.where(seen, logits / divisor, logits)
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
 

@@ -262,7 +262,7 @@ def pick_dtype(name, device):
 
 
 def multiplies_bfloat16():
-    """Return whether the CPU has instructions for it: AMD's since Zen 4, Xeons since 2020."""
+    """Return whether the CPU has instructions for it, as AMD's since Zen 4 and late Xeons have."""
     import torch
 
     has = getattr(torch.cpu, 'get_capabilities', dict)()  # torch 2.11 lacks the function

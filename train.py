@@ -129,7 +129,7 @@ my_device = parallel.init_process_group(my_device, backend, gradient_accumulatio
 device_type = torch.device(my_device).type
 is_main = parallel.rank == 0  # the process that prints, logs and saves
 
-precision = runtime.pick_dtype(dtype, my_device)
+precision = config['dtype'] = runtime.pick_dtype(dtype, my_device)  # config: what will be saved
 autocast = runtime.make_autocast(my_device, precision)
 scaler = torch.amp.GradScaler(device_type, enabled=precision == 'float16')
 torch.set_float32_matmul_precision('high')  # TF32 on CUDA

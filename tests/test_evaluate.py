@@ -112,7 +112,7 @@ def test_a_run_is_evaluated_as_it_evaluates_itself(run, sheep, tmp_path, dtype):
     train_split = eval_text(run, '--out_dir=out', '--split=train')
     assert train_split['tokens'] == len(Dataset('sheep', tmp_path / 'data').train)
     assert train_split['loss'] != found['loss']
-    table = run('evaluate.py', '--out_dir=out', '--device=cpu')
+    table = run('evaluate.py', '--out_dir=out', '--device=cpu', in_dtype)
     assert re.search(rf'bits per byte +{found["bits_per_byte"]:.4f}\n', table.out)
 
 
@@ -170,7 +170,8 @@ def test_answers_are_scored_as_one_by_one(run, tmp_path):
         choices = ['fences', f'{n}', 'sheep fell asleep']
         rows.append({'context': context.strip(), 'choices': choices, 'answer': n % 3})
     write_rows(tmp_path / 'q.jsonl', rows)
-    results, _ = evaluate(run, '--init_from=m', '--questions=q.jsonl', '--batch_size=4')
+    flags = ['--init_from=m', '--questions=q.jsonl', '--dtype=float32']
+    results, _ = evaluate(run, *flags, '--batch_size=4')
     found = results['questions']
 
     is_right = []

@@ -56,8 +56,8 @@ def optimizer_state(out, step):
 
 
 def evaluated_loss(run, folder, out):
-    flags = [f'--out_dir={out}', '--checkpoint=last', '--device=cpu', '--format=json']
-    result = run('evaluate.py', *flags, folder=folder)
+    flags = [f'--out_dir={out}', '--checkpoint=last', '--device=cpu', '--dtype=float32']
+    result = run('evaluate.py', *flags, '--format=json', folder=folder)
     assert result.code == 0, result.err
     return json.loads(result.out)['text']['loss']
 

@@ -219,8 +219,8 @@ def test_validation_is_over_all_tokens_and_per_dataset(run, herd, tmp_path):
         assert record['perplexity'] == pytest.approx(math.exp(record['val_loss']))
     assert losses(tmp_path / 'out')[0] != losses(tmp_path / 'out', 'val_loss/sheep')[0]
     for name in n_targets:
-        flags = [f'--dataset={name}', '--format=json', '--device=cpu', '--block_size=32']
-        evaluated = run('evaluate.py', *flags)
+        flags = [f'--dataset={name}', '--format=json', '--device=cpu', '--dtype=float32']
+        evaluated = run('evaluate.py', *flags, '--block_size=32')
         assert evaluated.code == 0, evaluated.err
         loss = json.loads(evaluated.out)['text']['loss']
         assert loss == pytest.approx(losses(tmp_path / 'out', f'val_loss/{name}')[30], rel=1e-6)

@@ -152,7 +152,12 @@ def test_a_cpu_attends_in_float32_and_multiplies_in_16_bits(monkeypatch, arch):
     idx = torch.randint(0, 64, (2, 16))
     exact = gradients(model, contextlib.nullcontext())
     model.zero_grad()
+    products = []
+    for block in model.blocks:
+        for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc, block.mlp.proj):
+            layer.register_forward_hook(lambda *args: products.append(args[-1].dtype))
     rounded = gradients(model, torch.autocast('cpu', torch.bfloat16))
+    assert products == 8 * [torch.bfloat16]
     off = (rounded - exact).norm() / exact.norm()
     assert 0 < off < 0.03
 

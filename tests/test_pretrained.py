@@ -500,7 +500,8 @@ def test_a_run_on_shorter_windows_than_the_context_goes_on(run, tmp_path, datase
         assert 'has block_size=32, this command asks for another model: ' in refused.err
 
     def evaluate(*args):
-        result = run('evaluate.py', '--format=json', '--device=cpu', '--checkpoint=last', *args)
+        flags = ['--format=json', '--device=cpu', '--dtype=float32', '--checkpoint=last']
+        result = run('evaluate.py', *flags, *args)
         assert result.code == 0, result.err
         return json.loads(result.out)['text']['loss']
 

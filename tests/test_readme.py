@@ -180,7 +180,8 @@ def test_hack_alibi_generates_evaluates_and_saves_alike(run, hacked, learn, trai
     cached = torch.cat((prompt, *model.generate(prompt, 30, temperature=0)), 1)
     assert cached.tolist() == tokens.tolist()
 
-    result = run('evaluate.py', '--out_dir=out', '--device=cpu', '--format=json', folder=code)
+    flags = ['--out_dir=out', '--device=cpu', '--dtype=float32', '--format=json']
+    result = run('evaluate.py', *flags, folder=code)
     assert result.code == 0, result.err
     evaluated = json.loads(result.out)['text']['loss']
     assert evaluated == pytest.approx(losses(tmp_path / 'out')[150], abs=1e-6)

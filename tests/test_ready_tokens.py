@@ -59,7 +59,8 @@ def test_a_split_in_several_files_trains_the_same(run, sheep, tmp_path, descript
     train(run, '--max_iters=31', '--init_from=resume', out='whole')
     evaluated = []
     for flags in ([], ['--split=train']):
-        result = run('evaluate.py', '--format=json', '--device=cpu', *flags)
+        flags = [*flags, '--format=json', '--device=cpu', '--dtype=float32']
+        result = run('evaluate.py', *flags)
         assert result.code == 0, result.err
         evaluated.append(json.loads(result.out)['text'])
     assert evaluated[0]['loss'] == pytest.approx(losses(tmp_path / 'out')[30], rel=1e-6)

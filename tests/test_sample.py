@@ -229,7 +229,7 @@ def test_a_checkpoint_opens_in_transformers_with_its_tokenizer(run, trained):
     ids = tokenizer('the quick', return_tensors='pt').input_ids
     text = tokenizer.decode(model.generate(ids, max_new_tokens=20, do_sample=False)[0])
     flags = ['--temperature=0', '--checkpoint=last', '--max_new_tokens=20', '--num_samples=1']
-    ours = sample(run, '--start=the quick', *flags)
+    ours = sample(run, '--start=the quick', '--dtype=float32', *flags)
     assert ours.split('\n---')[0] == text
     embedding = GPT.from_pretrained(folder).wte.weight[:28]
     assert torch.equal(model.get_input_embeddings().weight, embedding)
