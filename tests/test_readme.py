@@ -189,6 +189,8 @@ def test_hack_alibi_generates_evaluates_and_saves_alike(run, hacked, learn, trai
 
     gpt2 = train(run, '--positions=alibi', folder=code, out='gpt2', code=1)
     assert gpt2.is_one_sentence
+    plan = train(run, *ALIBI, '--dtype=auto', '--plan', folder=code)  # for a GPU, in 16 bits
+    assert 'bfloat16' in plan.out
     plain = train(run, '--arch=qwen3', '--max_iters=1', folder=code, out='plain')
     assert plain.globals['model'].config.positions == 'default'
     assert opens_in_transformers(tmp_path / 'plain' / 'step_00000001')

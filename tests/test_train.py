@@ -390,6 +390,15 @@ def test_a_cpu_trains_in_what_is_fast_and_says_so(run, sheep, monkeypatch, is_na
     assert f', {expected}, not compiled' in result.out
 
 
+def test_another_dtype_is_said_on_resume(run, sheep, tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, 'multiplies_bfloat16', lambda: False)
+    train(run, '--max_iters=1', '--dtype=auto')
+    assert "dtype = 'float32'\n" in (tmp_path / 'out' / 'config.py').read_text()
+    monkeypatch.setattr(runtime, 'multiplies_bfloat16', lambda: True)  # on another machine
+    resumed = train(run, '--max_iters=2', '--dtype=auto', '--init_from=resume')
+    assert "dtype was 'float32', is now 'bfloat16'\n" in resumed.out
+
+
 def test_dropout_is_in_attention_in_blocks_and_in_the_embedding(monkeypatch):
     shape = {'vocab_size': 64, 'block_size': 16, 'n_layer': 1, 'n_head': 2, 'n_embd': 32}
     model = GPT(GPTConfig(**shape, dropout=0.5))
