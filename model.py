@@ -243,8 +243,8 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     """Causal self-attention, (B, T, C) -> (B, T, C)."""
 
-    # Under a CPU's autocast it is in float32: in 16 bits its backward pass takes up to five times as
-    # long. plan.py, which simulates GPUs on a CPU, sets this to False.
+    # Under a CPU's autocast it is in float32: in 16 bits its backward pass takes up to five times
+    # as long. plan.py, which simulates GPUs on a CPU, sets this to False.
     upcasts = True
 
     def __init__(self, config):
