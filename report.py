@@ -553,7 +553,8 @@ def draw(runs, path, x='steps'):
     above.set_ylabel('loss, nats per token')
     above.grid(alpha=0.25)
     if above.get_legend_handles_labels()[0]:
-        figure.legend(frameon=False, loc='outside upper center', ncols=2)  # where no line is
+        # Outside, where no line is, one below the other, since folders may have long names.
+        figure.legend(frameon=False, loc='outside upper center', fontsize='small')
     below.set(ylabel='learning rate', xlabel=X_LABELS[x], ylim=(0, None))
     below.grid(alpha=0.25)
     right.set(ylabel='gradient norm (faint)', ylim=(0, None))
