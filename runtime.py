@@ -265,7 +265,7 @@ def multiplies_bfloat16():
     """Return whether the CPU has instructions for it, as AMD's since Zen 4 and late Xeons have."""
     import torch
 
-    has = getattr(torch.cpu, 'get_capabilities', dict)()  # torch 2.11 lacks the function
+    has = getattr(torch.cpu, 'get_capabilities', dict)()  # an older torch lacks it
     return has.get('avx512_bf16', False) or has.get('amx_bf16', False)
 
 

@@ -215,7 +215,7 @@ def test_a_device_that_cannot_be_used_is_refused(name):
         ({'avx512_f': True, 'avx512_bf16': True, 'amx_bf16': False}, 'bfloat16'),  # AMD's Zen 4
         ({'avx512_f': True, 'avx512_bf16': False, 'amx_bf16': True}, 'bfloat16'),
         ({'neon': True, 'bf16': True}, 'float32'),  # not tried
-        (None, 'float32'),  # torch 2.11 does not say
+        (None, 'float32'),  # an older torch does not say
     ],
 )
 def test_a_cpu_computes_in_what_it_multiplies_fast(monkeypatch, has, expected):
