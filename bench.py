@@ -5,7 +5,7 @@
     python bench.py race                      # seconds to equal loss: our recipe and nanoGPT's, CPU
     python bench.py step                      # one training step of GPT-2 124M, random weights
     python bench.py sample                    # GPT-2 124M generates one sequence
-    python bench.py gpu                       # all that a GPU is to be measured with, ten minutes
+    python bench.py gpu                       # all that one GPU is to be measured with, 15 minutes
     python bench.py prepare --corpus_mb=1000  # tokenizing a text with all cores
 """
 
@@ -309,7 +309,7 @@ def bench_sample():
     torch_device = torch.device(pick_device(device))
     known = ['uncached', 'ours', 'compiled', 'transformers']
     if torch_device.type == 'cuda':
-        known.insert(3, 'compiled, graphs')
+        known.insert(3, 'compiled graphs')
     names = pick_variants(torch_device, known)
     generate = {name: make_generator(name, torch_device) for name in names}
     idx = torch.randint(0, 50257, (1, prompt_tokens), device=torch_device)
@@ -344,7 +344,7 @@ def make_generator(name, device):
         return lambda idx, n: generate_uncached(model, idx, n)
 
     # CUDA graphs launch the kernels of a token at once.
-    is_compiled = {'compiled': True, 'compiled, graphs': 'reduce-overhead'}.get(name, False)
+    is_compiled = {'compiled': True, 'compiled graphs': 'reduce-overhead'}.get(name, False)
     if device.type == 'cpu':  # as sample.py does
         prepare_for_cpu = fast_cpu_decode if is_compiled else to_column_major
         prepare_for_cpu(model)

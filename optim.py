@@ -61,7 +61,7 @@ def parameter_groups(model, weight_decay):
 
 
 def make_optimizers(
-    model, optimizer, learning_rate, betas, weight_decay, muon_lr, muon_momentum,
+    model, optimizer, learning_rate, betas, weight_decay, muon_lr, muon_betas,
     dtype='float32', compile=False,
 ):  # fmt: skip
     """The optimizers of a run: AdamW for everything, or with optimizer='muon' Muon for what it can.
@@ -79,7 +79,7 @@ def make_optimizers(
     if for_adamw:
         optimizers.append(torch.optim.AdamW(for_adamw, lr=learning_rate, betas=betas, fused=True))
     if for_muon:
-        optimizers.append(Muon(for_muon, muon_lr, muon_momentum, dtype=dtype, compile=compile))
+        optimizers.append(Muon(for_muon, muon_lr, muon_betas, dtype=dtype, compile=compile))
     return optimizers
 
 
@@ -161,14 +161,15 @@ class Muon(torch.optim.Optimizer):
 
     lr: the spectral norm of an update is about lr · sqrt(max(1, m / n)), for m rows and n columns;
     that makes one value good for all widths (Bernstein, 2025, "Deriving Muon").
+    betas: Nesterov's momentum, and that of normalize_rows; None: no such thing, as in plain Muon.
     weight_decay: decoupled, as in AdamW.
     As with torch's fused optimizers, found_inf = tensor(1.0) makes a step that changes nothing.
     """
 
     def __init__(
-        self, groups, lr=0.02, momentum=0.95, weight_decay=0.1, dtype='float32', compile=False
+        self, groups, lr=0.02, betas=(0.95, None), weight_decay=0.1, dtype='float32', compile=False
     ):
-        defaults = {'lr': lr, 'momentum': momentum, 'weight_decay': weight_decay}
+        defaults = {'lr': lr, 'betas': betas, 'weight_decay': weight_decay}
         super().__init__(groups, defaults)
         in_dtype = partial(orthogonalize, dtype=getattr(torch, dtype))
         self.orthogonalize = torch.compile(in_dtype) if compile else in_dtype
@@ -184,7 +185,7 @@ class Muon(torch.optim.Optimizer):
         """Take the step of some parameters, each with its group."""
         by_shape = {}
         for parameter, group in pairs:
-            direction = self.direction(parameter, group['momentum'], taken)
+            direction = self.direction(parameter, group['betas'][0], taken)
             # q, k and v, for example, are one parameter and three matrices.
             for matrix in direction.split(group['out_sizes']):
                 by_shape.setdefault(matrix.shape, []).append(matrix)
@@ -196,10 +197,26 @@ class Muon(torch.optim.Optimizer):
             lr = group['lr'] * full_tensor(taken)
             shapes = [(rows, parameter.shape[1]) for rows in group['out_sizes']]
             update = torch.cat([next(updates[shape]) for shape in shapes])
-            update = lr * update.to(lr.dtype)
+            update = shard_like(update.to(lr.dtype), parameter)
+            if group['betas'][1] is not None:
+                update = self.normalize_rows(update, parameter, group['betas'][1], taken)
             if group['weight_decay']:
                 parameter.mul_(1 - lr * group['weight_decay'])
-            parameter.sub_(shard_like(update, parameter))
+            parameter.sub_(lr * update)
+
+    def normalize_rows(self, update, parameter, beta2, taken):
+        """Return an update whose rows are equally large on average (NorMuon, Li et al., 2025).
+
+        Each row, a neuron, is divided by the root of the running mean of its squares. That starts
+        as the mean over all rows of an orthogonal update, so the first steps are Muon's.
+        """
+        n = parameter.shape[1]
+        state = self.state[parameter]
+        if 'row_squares' not in state:
+            state['row_squares'] = torch.full_like(parameter[:, :1], 1 / n)
+        mean = state['row_squares']
+        mean.add_((update.square().mean(1, keepdim=True) - mean) * ((1 - beta2) * taken))
+        return update * (n * mean + 1e-7).rsqrt()
 
     def direction(self, parameter, momentum, taken):
         """Return Nesterov's momentum of a parameter, whole even where the parameter is sharded.
@@ -208,7 +225,7 @@ class Muon(torch.optim.Optimizer):
         and the learning rate is 0. An `if` would wait for the device.
         """
         state = self.state[parameter]
-        if not state:
+        if 'momentum_buffer' not in state:
             state['momentum_buffer'] = torch.zeros_like(parameter)
         buffer = state['momentum_buffer']
         gradient = torch.where(taken > 0, parameter.grad, buffer)

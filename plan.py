@@ -83,7 +83,7 @@ def make_training(model, knobs):
     """Freeze what is to be frozen, and return the optimizers. Their numbers do not matter here."""
     freeze(model, knobs['freeze'])
     name, dtype = knobs['optimizer'], knobs['dtype']
-    return make_optimizers(model, name, 1e-3, (0.9, 0.95), 0.1, 0.02, 0.95, dtype)
+    return make_optimizers(model, name, 1e-3, (0.9, 0.95), 0.1, 0.02, (0.95, 0.95), dtype)
 
 
 def dry_run(shape, knobs, activation_checkpointing, where='cpu', block_dtype=None):

@@ -283,12 +283,28 @@ def can_compile(device):
     import torch
 
     try:
+        make_compiled_repeatable()
         torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
     except Exception as error:  # whatever the compiler's tool chain raises
         problem = f'No working compiler ({type(error).__name__})'
         print(f'{problem}: running without torch.compile, which is slower.', file=sys.stderr)
         return False
     return True
+
+
+def make_compiled_repeatable():
+    """Have torch.compile make the same kernels in every process, none of which sums in any order.
+
+    Else a run that is resumed would differ in its last bits.
+    """
+    import torch
+    from torch._inductor import config, decomposition
+
+    if hasattr(config, 'deterministic'):  # it does not choose kernels by timing them
+        config.deterministic = True
+    # Of an embedding's gradient inductor makes atomic additions. torch's own kernel sorts.
+    of_embedding = torch.ops.aten.embedding_dense_backward.default
+    decomposition.decompositions.pop(of_embedding, None)
 
 
 def to_device(device, *tensors):

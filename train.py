@@ -69,6 +69,7 @@ optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: the matrices in blocks; A
 learning_rate = 6e-4  # AdamW's peak
 muon_lr = 0.02  # Muon's peak; the same value is good for every n_embd
 muon_momentum = 0.95  # Muon's momentum
+muon_beta2: float | None = 0.95  # NorMuon's, of the mean squares of rows; None: plain Muon
 max_iters = 600000  # steps, that is optimizer updates
 max_epochs: float | None = None  # instead of max_iters: times through the text
 max_minutes: float | None = None  # or of training, for which steps are timed; the shorter of both
@@ -107,7 +108,7 @@ check_range(config, 1, 10**9, 'keep_last early_stopping_patience max_skipped_ste
 check_range(config, 1, 10**9, 'fsdp_replicas')
 check_range(config, 0, 10**18, 'max_iters seed warmup_iters lr_decay_iters')
 check_range(config, 0, 10**18, 'learning_rate muon_lr min_lr weight_decay grad_clip')
-check_range(config, 0, 1 - 1e-6, 'beta1 beta2 muon_momentum')
+check_range(config, 0, 1 - 1e-6, 'beta1 beta2 muon_momentum muon_beta2')
 check_range(config, 1e-6, 1, 'cooldown_frac plan_mfu')
 check_range(config, 1e-6, 10**9, 'plan_price plan_network max_epochs max_minutes')
 check_range(config, 1, block_size, 'stride')
@@ -235,8 +236,8 @@ train_model = parallel.distribute(model, my_device, precision, fsdp, fsdp_replic
 
 compiles_muon = compiles and device_type != 'cpu'  # no gain on a CPU: it is matrix products
 optimizers = optim.make_optimizers(
-    model, optimizer, learning_rate, (beta1, beta2), weight_decay, muon_lr, muon_momentum,
-    precision, compiles_muon,
+    model, optimizer, learning_rate, (beta1, beta2), weight_decay, muon_lr,
+    (muon_momentum, muon_beta2), precision, compiles_muon,
 )  # fmt: skip
 if resuming:
     parallel.restore_optimizers(model, optimizers, saved.optimizer)
@@ -573,8 +574,8 @@ while True:
         report.print_progress(log_path, record, peak_flops, seconds_left)
         logged_step = progress.step
         logged_seconds = seconds
-    is_compiled_now = compiles and timed_steps is None and progress.step == first_step + 1
-    if is_compiled_now:  # the rates are those of the steps after it
+    # Where that step was the one that compiled, the rates are those of the steps after it.
+    if compiles and timed_steps is None and progress.step == first_step + 1:
         logged_step = timed_step = progress.step
         logged_seconds = timed_seconds = clock.measure()
 

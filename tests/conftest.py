@@ -266,6 +266,14 @@ def no_network(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def no_gpu(request, monkeypatch):
+    """Where there is one, 'auto' would take it; test_gpu.py is for it."""
+    if request.module.__name__ != 'test_gpu':
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+
+
+@pytest.fixture(autouse=True)
 def no_pictures(request, monkeypatch):
     """Each takes a quarter of a second; test_report.py is where they are looked at."""
     if request.module.__name__ != 'test_report':

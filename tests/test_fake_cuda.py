@@ -493,7 +493,7 @@ def test_showing_a_text_reads_each_token_once(gpu):
 @pytest.mark.parametrize('arch', ARCHITECTURES)
 def test_a_checkpoint_is_a_copy_of_each_tensor(gpu, arch):
     model = make_model(arch)
-    knobs = ('muon', 1e-3, (0.9, 0.95), 0.1, 0.02, 0.95, 'bfloat16')
+    knobs = ('muon', 1e-3, (0.9, 0.95), 0.1, 0.02, (0.95, 0.95), 'bfloat16')
     optimizers = optim.make_optimizers(model, *knobs)
     model(make_tokens(2, 32), make_tokens(2, 32)).backward()
     for optimizer in optimizers:

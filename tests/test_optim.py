@@ -43,6 +43,29 @@ def test_it_is_torchs_muon(shape):
     assert (ours - theirs).norm() < 5e-4 * theirs.norm(), 'theirs is in bfloat16'
 
 
+@pytest.mark.parametrize('shape', [(64, 64), (32, 96), (96, 32)])
+def test_rows_are_normalized_as_in_float64(shape):
+    """By the formula of NorMuon's paper, from an equal start, with a root mean square of 1 / n."""
+    torch.manual_seed(0)
+    rows, n = shape
+    parameter = torch.nn.Parameter(torch.randn(shape))
+    optimizer = Muon(groups(parameter, out_sizes=(rows,)), 0.02, (0.95, 0.8), weight_decay=0.0)
+    expected = parameter.detach().double()
+    momentum = torch.zeros(shape).double()
+    squares = torch.full((rows,), 1 / n).double()
+    for step in range(8):
+        parameter.grad = torch.randn(shape) * torch.arange(rows)[:, None] / rows
+        gradient = parameter.grad.double()
+        momentum = 0.95 * momentum + 0.05 * gradient
+        nesterov = 0.95 * momentum + 0.05 * gradient
+        update = orthogonalize(nesterov[None], torch.float64)[0]
+        squares = 0.8 * squares + 0.2 * (update**2).mean(1)
+        update = update / squares.sqrt()[:, None] / n**0.5
+        expected -= 0.02 * update
+        optimizer.step()
+        assert (parameter - expected).norm() < 1e-4 * expected.norm(), step
+
+
 @pytest.mark.parametrize('shape', [(3, 64, 64), (2, 32, 128), (2, 128, 32)])
 def test_singular_values_come_close_to_one_and_vectors_stay(shape):
     generator = torch.Generator().manual_seed(1)
@@ -85,7 +108,8 @@ def test_rounds_change_nothing(monkeypatch):
         monkeypatch.setattr('optim.ROUND', size)
         torch.manual_seed(0)
         model = tiny_model('qwen3')
-        optimizer = Muon([group for group in parameter_groups(model, 0.1) if 'out_sizes' in group])
+        for_muon = [group for group in parameter_groups(model, 0.1) if 'out_sizes' in group]
+        optimizer = Muon(for_muon, betas=(0.95, 0.9))
         for _ in range(3):
             model(torch.arange(8)[None], torch.arange(8)[None]).backward()
             optimizer.step()
@@ -103,8 +127,9 @@ def test_fused_matrices_and_many_parameters_are_each_by_itself():
     single = []
     for parameter in fused:
         single += [torch.nn.Parameter(piece.clone()) for piece in parameter.detach().split(sizes)]
-    a = Muon(groups(*fused, out_sizes=sizes))
-    b = Muon([groups(parameter, out_sizes=(len(parameter),))[0] for parameter in single])
+    a = Muon(groups(*fused, out_sizes=sizes), betas=(0.95, 0.9))
+    alone = [groups(parameter, out_sizes=(len(parameter),))[0] for parameter in single]
+    b = Muon(alone, betas=(0.95, 0.9))
     for _ in range(3):
         gradients = []
         for parameter in fused:
@@ -119,17 +144,18 @@ def test_fused_matrices_and_many_parameters_are_each_by_itself():
 
 def test_a_skipped_step_changes_nothing():
     parameter = torch.nn.Parameter(torch.randn(8, 8))
-    optimizer = Muon(groups(parameter, out_sizes=(8,)), weight_decay=0.5)
+    optimizer = Muon(groups(parameter, out_sizes=(8,)), betas=(0.95, 0.9), weight_decay=0.5)
     parameter.grad = torch.randn(8, 8)
     optimizer.step()
-    momentum = optimizer.state[parameter]['momentum_buffer']
+    state = optimizer.state[parameter]
     before = parameter.detach().clone()
-    momentum_before = momentum.clone()
+    state_before = {name: tensor.clone() for name, tensor in state.items()}
+    assert state.keys() == {'momentum_buffer', 'row_squares'}
     parameter.grad = torch.full((8, 8), float('nan'))
     optimizer.found_inf = torch.tensor(1.0)
     optimizer.step()
     assert torch.equal(parameter, before)
-    assert torch.equal(optimizer.state[parameter]['momentum_buffer'], momentum_before)
+    assert all(torch.equal(state[name], tensor) for name, tensor in state_before.items())
 
 
 def test_it_learns_faster_than_adamw_and_resumes_to_the_same(run, sheep, tmp_path):
@@ -181,7 +207,7 @@ def test_muon_gets_the_matrices_of_the_blocks_and_nothing_else(arch):
         betas=(0.9, 0.95),
         weight_decay=0.1,
         muon_lr=0.02,
-        muon_momentum=0.95,
+        muon_betas=(0.95, 0.9),
     )
     group_of = {}
     trained_by = {}
@@ -218,7 +244,7 @@ def test_adamw_alone_trains_everything():
         betas=(0.9, 0.95),
         weight_decay=0.1,
         muon_lr=0.02,
-        muon_momentum=0.95,
+        muon_betas=(0.95, 0.9),
     )
     trained = {parameter for group in adamw.param_groups for parameter in group['params']}
     assert trained == set(model.parameters())
