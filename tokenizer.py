@@ -46,9 +46,10 @@ NORMALIZED = 'normalizes the text, or white space at its special tokens'
 
 # How a text is cut into pieces before any merge; every character falls into exactly one piece.
 ONE_CHARACTER = r'[\s\S]'
-WORDS = '|'.join((
-    r'[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+',  # a word of any script, one space or mark before it
-    r'\p{N}{1,3}',  # digits, by threes
+WORDS = '|'.join((  # letter by letter that of Qwen3.5, which llama.cpp has, too
+    r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])",  # English contractions
+    r'[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+',  # a word of any script, one space or mark before it
+    r'\p{N}',  # digits, one by one
     r' ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*',  # punctuation, and the line end after it
     r'\s*[\r\n]+',  # blank lines
     r'\s+(?!\S)',  # other spaces, but the one that belongs to the next word

@@ -275,7 +275,7 @@ def knobs_and_main(source):
 
 def test_scripts_are_imported_by_nobody():
     scripts = {name for name, source in PRODUCT.items() if is_script(source)}
-    assert scripts == {'prepare', 'train', 'sample', 'evaluate', 'plot', 'bench'}
+    assert scripts == {'prepare', 'train', 'sample', 'evaluate', 'export', 'plot', 'bench'}
     assert not imports_of_scripts(PRODUCT)
     script = 'seed = 1\nconfig = configure(globals())\n'
     for line in ('import train', 'from train import seed', 'def f():\n    import train as t'):

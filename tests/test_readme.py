@@ -23,7 +23,7 @@ from data import IGNORE
 README = (ROOT / 'README.md').read_text()
 CONTRIBUTING = (ROOT / 'CONTRIBUTING.md').read_text()
 PATCHES = {path.stem: path.read_text() for path in (ROOT / 'tests' / 'hacks').glob('*.diff')}
-SCRIPTS = ('prepare', 'train', 'sample', 'evaluate', 'plot', 'bench')
+SCRIPTS = ('prepare', 'train', 'sample', 'evaluate', 'export', 'plot', 'bench')
 WALKTHROUGH = nbformat.read(ROOT / 'walkthrough.ipynb', 4)
 
 

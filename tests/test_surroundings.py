@@ -11,7 +11,7 @@ import time
 import pytest
 from conftest import ROOT, TINY, command
 
-SCRIPTS = ('prepare', 'train', 'sample', 'evaluate', 'plot', 'bench')
+SCRIPTS = ('prepare', 'train', 'sample', 'evaluate', 'export', 'plot', 'bench')
 ENCODINGS = ('ascii', 'latin-1:strict')
 
 

@@ -1,0 +1,265 @@
+"""Write a model for other programs: a GGUF file for llama.cpp, Ollama and LM Studio, or a folder.
+
+    python export.py --out_dir=out-shakespeare                # out-shakespeare/model-float16.gguf
+    python export.py --out_dir=out-shakespeare --dtype=q8_0
+    python export.py --init_from=HuggingFaceTB/SmolLM2-135M --to=smollm2.gguf
+    python export.py --out_dir=out-shakespeare --format=folder --dtype=bfloat16 --to=shakespeare
+"""
+
+from runtime import UserError, begin_script, raise_on_signals
+
+begin_script()  # first, so that Ctrl-C ends the imports as well: they take seconds
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import tokenizer as tokenizers
+from configurator import configure
+from inference import load_model
+from model import hf_tensors, scale_frequencies, transformers_has_it
+
+# -----------------------------------------------------------------------------
+init_from = 'resume'  # 'resume' (a checkpoint in out_dir), 'gpt2', ORG/NAME of the Hub, a folder
+out_dir = 'out'  # the run to take a checkpoint from
+checkpoint: Literal['best', 'last'] = 'best'  # which one; the best has the lowest validation loss
+format: Literal['gguf', 'folder'] = 'gguf'  # folder: a checkpoint without the state of its training
+dtype: Literal['float32', 'bfloat16', 'float16', 'q8_0'] = 'float16'  # of matrices; q8_0: 8 bits
+to: str | None = None  # the file or folder to write; None: model-DTYPE in out_dir, or here
+# -----------------------------------------------------------------------------
+config = configure(globals())
+
+# How a tokenizer.json cuts a text into pieces, and what llama.cpp calls it.
+GPT2 = 'as in GPT-2'  # written without its expression
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+AFTER_DIGITS = r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+SPLITS = {
+    (tokenizers.GPT2_WORDS,): 'gpt-2',
+    (tokenizers.WORDS,): 'qwen35',
+    (tokenizers.ONE_CHARACTER,): 'qwen35',  # any will do: no merge leaves a character
+    (GPT2,): 'gpt-2',
+    ('Digits', GPT2): 'smollm',
+    (rf'{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{AFTER_DIGITS}',): 'qwen2',
+    (rf'{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{AFTER_DIGITS}',): 'llama-bpe',
+}
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # types of tokens, by GGUF's specification
+
+# -----------------------------------------------------------------------------
+# the vocabulary
+
+
+def find_split(contents):
+    """Return llama.cpp's name for how a tokenizer.json cuts a text.
+
+    Raises UserError if it has none.
+    """
+    kind = contents['model'].get('type')
+    if kind != 'BPE':
+        raise UserError(f'A vocabulary of type {kind} is not exported, only byte-level BPE.')
+    first = contents.get('pre_tokenizer') or {'type': 'none'}
+    steps = []
+    for step in first.get('pretokenizers', [first]):
+        kind = step['type']
+        if kind == 'Split':
+            steps.append(step['pattern'].get('Regex'))
+        elif kind == 'Digits' and not step['individual_digits']:
+            steps.append('runs of digits')
+        elif kind != 'ByteLevel':
+            steps.append(kind)
+        elif step.get('add_prefix_space'):
+            steps.append('a space before a text')
+        elif step.get('use_regex', True):
+            steps.append(GPT2)
+    if tuple(steps) not in SPLITS:
+        raise UserError(f'llama.cpp cuts no text as this tokenizer does, at {steps}: not exported.')
+    return SPLITS[tuple(steps)]
+
+
+def list_tokens(tokenizer, contents, n):
+    """Return the texts of n tokens in the order of their ids, and their types."""
+    texts = [f'[PAD{id}]' for id in range(n)]  # of ids that the tokenizer does not have
+    types = [UNUSED] * n
+    for text, id in tokenizer.vocabulary().items():
+        texts[id] = text
+        types[id] = NORMAL
+    for token in contents.get('added_tokens', ()):
+        types[token['id']] = CONTROL if token['special'] else USER_DEFINED
+    return texts, types
+
+
+def list_merges(tokenizer, contents):
+    """Return the merges as GGUF has them, 'left right' each.
+
+    A char vocabulary has none: here the bytes of each character are merged from the left.
+    """
+    merges = contents['model']['merges']
+    if tokenizer.kind == 'char':
+        merges = []
+        for text in contents['model']['vocab']:
+            merges += [(text[:end], text[end]) for end in range(1, len(text))]
+    # Without any llama.cpp loads no model: this one never happens.
+    merges = merges or [(tokenizers.END_OF_TEXT, tokenizers.END_OF_TEXT)]
+    written = [merge if isinstance(merge, str) else ' '.join(merge) for merge in merges]
+    return list(dict.fromkeys(written))  # each once
+
+
+def add_vocabulary(writer, model, tokenizer):
+    contents = json.loads(tokenizer.files['tokenizer.json'])
+    writer.add_tokenizer_model('gpt2')  # byte-level BPE
+    writer.add_tokenizer_pre(find_split(contents))
+    texts, types = list_tokens(tokenizer, contents, model.config.vocab_size)
+    writer.add_token_list(texts)
+    writer.add_token_types(types)
+    writer.add_token_merges(list_merges(tokenizer, contents))
+
+    special = dict(tokenizer.special_ids)
+    ends = sorted(model.stop_ids())
+    if ends and special.get('eos') not in ends:
+        special['eos'] = ends[0]
+    if 'eos' not in special:
+        # llama.cpp would take the token with id 11 for it.
+        raise UserError('The vocabulary has no end of text, which llama.cpp needs: not exported.')
+    writer.add_eos_token_id(special['eos'])
+    writer.add_bos_token_id(special.get('bos', special['eos']))
+    if 'pad' in special:
+        writer.add_pad_token_id(special['pad'])
+    others = [id for id in ends if id != special['eos']]
+    if others:
+        writer.add_eot_token_id(others[0])
+    writer.add_add_bos_token(tokenizer.prefix == [special.get('bos')])
+    writer.add_add_space_prefix(False)
+    with contextlib.suppress(UserError):  # where it has none
+        writer.add_chat_template(tokenizers.find_template(tokenizer))
+
+
+# -----------------------------------------------------------------------------
+# the model
+
+
+def add_shape(writer, config):
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.n_head)
+    writer.add_vocab_size(config.vocab_size)
+    if config.arch == 'gpt2':
+        writer.add_layer_norm_eps(config.norm_eps)
+        return
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_head_count_kv(config.n_kv_head)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+
+
+def list_tensors(model):
+    """Return {name in transformers: tensor} of what GGUF stores, each (out, in).
+
+    A llama's queries and keys are in the order of Meta's code: RoPE turns neighbours there, and
+    here the two halves of a head.
+    """
+    config = model.config
+    tensors = {}
+    for name, tensor in hf_tensors(model).items():
+        if '.c_' in name and tensor.dim() == 2:  # transformers stores GPT-2's as (in, out)
+            tensor = tensor.T
+        if config.arch == 'llama' and name.endswith(('q_proj.weight', 'k_proj.weight')):
+            halves = tensor.view(-1, 2, config.head_dim // 2, config.n_embd)
+            tensor = halves.transpose(1, 2).reshape(tensor.shape)
+        tensors[name] = tensor.contiguous()
+        has_bias = '.ln_' in name or '.c_' in name
+        if has_bias and not config.bias:  # llama.cpp's GPT-2 always has them
+            tensors[name.replace('.weight', '.bias')] = tensor.new_zeros(len(tensor))
+    return tensors
+
+
+def add_tensors(writer, model, dtype):
+    """Add all tensors: vectors and positions in float32, matrices in a dtype."""
+    import gguf
+
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(numbers[model.config.arch], model.config.n_layer)
+    kinds = {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16', 'q8_0': 'Q8_0'}
+    for name, tensor in list_tensors(model).items():
+        kind = gguf.GGMLQuantizationType[kinds[dtype]]
+        if tensor.dim() < 2 or name == 'transformer.wpe.weight':
+            kind = gguf.GGMLQuantizationType.F32
+        elif dtype == 'q8_0' and tensor.shape[1] % 32:  # which has blocks of 32
+            kind = gguf.GGMLQuantizationType.F16
+        theirs = names.get_name(name, try_suffixes=('.weight', '.bias'))
+        data = gguf.quants.quantize(tensor.float().numpy(), kind)
+        writer.add_tensor(theirs, data, raw_dtype=kind)
+    scaling = model.config.rope_scaling
+    if scaling:  # what the frequencies of RoPE are divided by
+        exponents = torch.arange(0, model.config.head_dim, 2) / model.config.head_dim
+        frequencies = 1 / model.config.rope_theta**exponents
+        factors = frequencies / scale_frequencies(frequencies, scaling)
+        writer.add_tensor('rope_freqs.weight', factors.float().numpy())
+
+
+# -----------------------------------------------------------------------------
+# files
+
+
+def write_gguf(model, tokenizer, name, dtype, path):
+    try:
+        import gguf
+    except ImportError:
+        raise UserError('A GGUF file needs the package gguf: pip install gguf') from None
+    if not transformers_has_it(model):
+        raise UserError('The model was changed, and llama.cpp has no such model: not exported.')
+    writer = gguf.GGUFWriter(path, model.config.arch)
+    writer.add_name(name)
+    file_type = {'float32': 'ALL_F32', 'q8_0': 'MOSTLY_Q8_0'}
+    file_type |= {'bfloat16': 'MOSTLY_BF16', 'float16': 'MOSTLY_F16'}
+    writer.add_file_type(gguf.LlamaFileType[file_type[dtype]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_shape(writer, model.config)
+    add_vocabulary(writer, model, tokenizer)
+    add_tensors(writer, model, dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_folder(model, tokenizer, name, dtype, path):
+    os.mkdir(path)
+    model.to(getattr(torch, dtype)).save_pretrained(path, tokenizer.special_ids)
+    tokenizers.save(tokenizer, path)
+
+
+if format == 'folder' and dtype == 'q8_0':
+    raise UserError("dtype='q8_0' is for format=gguf: choose another.")
+raise_on_signals()
+folder, model, tokenizer = load_model(init_from, out_dir, checkpoint)
+ending = '.gguf' if format == 'gguf' else ''
+place = out_dir if init_from == 'resume' else '.'
+target = Path(to or os.path.join(place, f'model-{dtype}{ending}'))
+if target.exists():
+    raise UserError(f'{target} exists: delete it, or name another one with --to.')
+target.parent.mkdir(parents=True, exist_ok=True)
+name = Path(out_dir if init_from == 'resume' else init_from).name
+# Written under another name, so that it is complete or absent.
+temporary = Path(tempfile.mkdtemp(prefix='.export-', dir=target.parent))
+try:
+    write = write_gguf if format == 'gguf' else write_folder
+    write(model, tokenizer, name, dtype, temporary / target.name)
+    os.replace(temporary / target.name, target)
+finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+
+files = [target] if format == 'gguf' else list(target.iterdir())
+size = sum(file.stat().st_size for file in files) / 1e6
+print(f'{folder} -> {target}, {size:,.1f} MB in {dtype}')
+print(f'{model.count_parameters():,} parameters, {tokenizer.n_vocab:,} tokens ({tokenizer.kind})')
+if format == 'gguf':
+    print(f'llama-cli -m {target} -p "Once" -n 100 -no-cnv')

@@ -1,0 +1,226 @@
+"""export.py: GGUF files, read back by gguf's reader and by transformers, and folders."""
+
+import errno
+import json
+import os
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import command, same
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import tokenizer as tokenizers
+from model import GPT, GPTConfig, hf_tensors
+
+SHAPE = {'block_size': 64, 'n_layer': 2, 'n_head': 4, 'n_embd': 64, 'intermediate_size': 96}
+SHAPES = {
+    'gpt2': {}, 'gpt2, no biases': {'bias': False}, 'llama': {'n_kv_head': 2, 'tie_weights': False},
+    'qwen2': {'n_kv_head': 2}, 'qwen3': {'n_kv_head': 1, 'head_dim': 32, 'rope_theta': 5e5},
+}  # fmt: skip
+SCALED = {'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0}
+SCALED = {'rope_type': 'llama3', 'original_max_position_embeddings': 64, **SCALED}
+TEXTS = ['the sheep jumped, 12 times; née Öde 日本 ह़ै\n\n', 'of sheep and sheep']
+
+
+def make_folder(folder, name='qwen3', kind='bpe', **changes):
+    """A model of random weights, norms and biases, in a folder with its tokenizer."""
+    vocabulary = tokenizers.build(kind, TEXTS, 300)
+    torch.manual_seed(0)
+    shape = SHAPE | SHAPES[name] | changes
+    config = GPTConfig(arch=name.partition(',')[0], vocab_size=vocabulary.n_vocab, **shape)
+    model = GPT(config)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    folder.mkdir()
+    model.save_pretrained(folder, vocabulary.special_ids)
+    tokenizers.save(vocabulary, folder)
+    return model.eval()
+
+
+def export(run, *args, code=0):
+    result = run('export.py', '--init_from=here', *args)
+    assert result.code == code, result.err
+    return result
+
+
+def read(path):
+    """{name: array as stored}, and {key: value}, of a GGUF file."""
+    reader = gguf.GGUFReader(path)
+    tensors = {}
+    for tensor in reader.tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        assert values.shape == tuple(reversed(tensor.shape.tolist())), tensor.name
+        tensors[tensor.name] = values
+    return tensors, {key: field.contents() for key, field in reader.fields.items()}
+
+
+@pytest.mark.parametrize('name', SHAPES)
+@pytest.mark.parametrize('dtype', ['float32', 'q8_0'])
+def test_transformers_reads_the_same_model_from_gguf(run, tmp_path, name, dtype):
+    model = make_folder(tmp_path / 'here', name)
+    export(run, f'--dtype={dtype}', '--to=x.gguf')
+    # From a file alone it does not find out the width of a head, or of GPT-2's MLP.
+    theirs = AutoModelForCausalLM.from_pretrained(
+        '.', gguf_file='x.gguf', config=AutoConfig.from_pretrained('here'), dtype=torch.float32
+    )
+    idx = torch.arange(48).view(2, 24) * 5
+    with torch.no_grad():
+        expected = model(idx)[..., : model.config.vocab_size]
+        computed = theirs(idx).logits
+    off = (computed - expected).norm() / expected.norm()
+    assert off < (1e-5 if dtype == 'float32' else 0.02)
+
+
+@pytest.mark.parametrize('name', SHAPES)
+def test_each_number_of_a_model_is_in_the_file_once(run, tmp_path, name):
+    model = make_folder(tmp_path / 'here', name)
+    export(run, '--dtype=float32', '--to=x.gguf')
+    tensors, keys = read('x.gguf')
+    stored = np.sort(np.concatenate([values.ravel() for values in tensors.values()]))
+    ours = torch.cat([tensor.flatten() for tensor in hf_tensors(model).values()]).sort().values
+    n_zeros = len(stored) - len(ours)  # the biases that llama.cpp's GPT-2 always has
+    assert (n_zeros > 0) == (name == 'gpt2, no biases')
+    if n_zeros:
+        ours = torch.cat((ours, torch.zeros(n_zeros))).sort().values
+    assert np.array_equal(stored, ours.numpy())
+    arch = name.partition(',')[0]
+    assert keys['general.architecture'] == arch and keys['general.name'] == 'here'
+    assert keys[f'{arch}.context_length'] == 64 and keys[f'{arch}.block_count'] == 2
+
+
+ROUNDING = {'bfloat16': 4e-3, 'float16': 5e-4, 'q8_0': 8e-3}  # relative errors
+
+
+@pytest.mark.parametrize('dtype', ROUNDING)
+def test_matrices_are_rounded_and_vectors_are_not(run, tmp_path, dtype):
+    make_folder(tmp_path / 'here')
+    export(run, '--dtype=float32', '--to=exact.gguf')
+    export(run, f'--dtype={dtype}', '--to=x.gguf')
+    exact, _ = read('exact.gguf')
+    rounded, _ = read('x.gguf')
+    assert rounded.keys() == exact.keys()
+    for name, values in exact.items():
+        off = np.linalg.norm(rounded[name] - values) / np.linalg.norm(values)
+        assert off == 0 if values.ndim == 1 else 0 < off < ROUNDING[dtype], name
+    assert os.path.getsize('x.gguf') < 0.6 * os.path.getsize('exact.gguf')
+
+
+def test_scaled_positions_are_divided_by_their_factors(run, tmp_path):
+    make_folder(tmp_path / 'here', 'llama', rope_scaling=SCALED)
+    export(run, '--to=x.gguf')
+    tensors, _ = read('x.gguf')
+    factors = tensors['rope_freqs.weight']
+    assert factors.shape == (8,) and factors[0] == 1 and factors[-1] == 8
+
+
+@pytest.mark.parametrize('kind', ['bpe', 'char', 'byte', 'gpt2'])
+def test_a_vocabulary_has_its_ids_and_its_ends(run, tmp_path, kind):
+    make_folder(tmp_path / 'here', kind=kind)
+    export(run, '--to=x.gguf')
+    _, keys = read('x.gguf')
+    vocabulary = tokenizers.load(tmp_path / 'here')
+    tokens = keys['tokenizer.ggml.tokens']
+    assert {text: id for id, text in enumerate(tokens)} == vocabulary.vocabulary()
+    assert keys['tokenizer.ggml.eos_token_id'] == vocabulary.end_of_text
+    types = keys['tokenizer.ggml.token_type']
+    assert [id for id, kind in enumerate(types) if kind == 3] == [vocabulary.end_of_text]
+    assert keys['tokenizer.ggml.add_bos_token'] is False
+    merges = [merge.split(' ') for merge in keys.get('tokenizer.ggml.merges', [])]
+    if kind == 'char':  # of the bytes of one character, from the left
+        assert all(len(right) == 1 for _, right in merges)
+        characters = {left + right for left, right in merges}
+        assert all(token in characters for token in tokens if len(token) > 1 and '|' not in token)
+    elif kind == 'byte':
+        assert merges == [[tokenizers.END_OF_TEXT, tokenizers.END_OF_TEXT]], 'which never happens'
+    else:
+        written = json.loads(vocabulary.files['tokenizer.json'])['model']['merges']
+        assert merges == written
+
+
+def test_a_folder_is_the_checkpoint_without_its_training(run, sheep, tmp_path):
+    flags = ['--dataset=sheep', '--n_layer=1', '--n_head=1', '--n_embd=16', '--block_size=16']
+    assert run('train.py', *flags, '--max_iters=2', '--eval_interval=2', '--device=cpu').code == 0
+    result = run('export.py', '--format=folder', '--dtype=float32')
+    assert result.code == 0, result.err
+    step = tmp_path / 'out' / 'step_00000002'
+    folder = tmp_path / 'out' / 'model-float32'
+    weights = load_file(folder / 'model.safetensors')
+    assert same(weights, load_file(step / 'model.safetensors'))
+    assert {path.name for path in folder.iterdir()} < {path.name for path in step.iterdir()}
+    sampled = run('sample.py', f'--init_from={folder}', '--max_new_tokens=5', '--device=cpu')
+    assert sampled.code == 0, sampled.err
+    assert run('export.py', '--format=folder', '--dtype=bfloat16').code == 0
+    halves = load_file(tmp_path / 'out' / 'model-bfloat16' / 'model.safetensors')
+    assert same(halves, {name: tensor.bfloat16() for name, tensor in weights.items()})
+
+
+@pytest.mark.parametrize(
+    ('args', 'sentence'),
+    [
+        (['--init_from=nothing'], 'nothing'),
+        (['--to=here'], 'here exists'),
+        (['--dtype=q8_0', '--format=folder'], 'is for format=gguf'),
+        (['--dtype=q4'], 'dtype'),
+        (['--format=onnx'], 'format'),
+    ],
+)
+def test_what_cannot_be_exported_is_one_sentence(run, tmp_path, args, sentence):
+    make_folder(tmp_path / 'here')
+    result = export(run, *args, code=1)
+    assert result.is_one_sentence and sentence in result.err
+    assert [path.name for path in tmp_path.iterdir()] == ['here']
+
+
+def edit(path, change):
+    contents = json.loads(path.read_text())
+    change(contents)
+    path.write_text(json.dumps(contents))
+
+
+@pytest.mark.parametrize(
+    ('change', 'sentence'),
+    [
+        (lambda c: c['pre_tokenizer']['pretokenizers'][0]['pattern'].update(Regex='x+'), 'x+'),
+        (lambda c: c['pre_tokenizer']['pretokenizers'][1].update(use_regex=True), 'as in GPT-2'),
+        (lambda c: c['pre_tokenizer']['pretokenizers'].pop(0), '[]'),
+        (lambda c: c.update(pre_tokenizer={'type': 'Whitespace'}), 'Whitespace'),
+        (lambda c: c.update(added_tokens=[], post_processor=None), 'no end of text'),
+    ],
+)
+def test_what_llama_cpp_would_read_otherwise_is_refused(run, tmp_path, change, sentence):
+    make_folder(tmp_path / 'here')
+    edit(tmp_path / 'here' / 'tokenizer.json', change)
+    if 'end of text' in sentence:
+        for name in ('config.json', 'generation_config.json'):
+            edit(tmp_path / 'here' / name, lambda c: c.update(eos_token_id=None))
+        edit(tmp_path / 'here' / 'tokenizer_config.json', lambda c: c.pop('eos_token'))
+    result = export(run, '--to=x.gguf', code=1)
+    assert result.is_one_sentence and sentence in result.err
+    assert [path.name for path in tmp_path.iterdir()] == ['here']
+
+
+@pytest.mark.parametrize('form', ['gguf', 'folder'])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(run, tmp_path, monkeypatch, form):
+    make_folder(tmp_path / 'here')
+
+    def fill(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'x')
+
+    monkeypatch.setattr(os, 'replace', fill)
+    result = export(run, '--to=x', f'--format={form}', '--dtype=float32', code=1)
+    assert result.is_one_sentence and 'No space left on device' in result.err
+    assert [path.name for path in tmp_path.iterdir()] == ['here']
+
+
+def test_without_gguf_it_says_what_to_install(tmp_path):
+    make_folder(tmp_path / 'here')
+    (tmp_path / 'gguf.py').write_text('raise ImportError')
+    environment = os.environ | {'PYTHONPATH': str(tmp_path)}
+    result = command('export.py', '--init_from=here', cwd=tmp_path, env=environment)
+    assert result.returncode == 1
+    assert result.stderr == 'A GGUF file needs the package gguf: pip install gguf\n'
+
