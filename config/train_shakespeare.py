@@ -5,8 +5,8 @@
 #     python train.py config/train_shakespeare.py
 #
 # 8 x 128 = 1,024 tokens per step; 600 steps = 614 thousand tokens = 0.46 epochs of the bundled
-# Shakespeare. Measured on two CPU cores: 44 to 93 s, 0.5 GiB, validation loss 4.81, which is a
-# perplexity of 123 with a vocabulary of 4,096, or 2.157 bits per byte (BENCHMARKS.md).
+# Shakespeare. Measured on two CPU cores: 33 to 93 s, 0.5 GiB, validation loss 4.80, which is a
+# perplexity of 121 with a vocabulary of 4,096, or 2.152 bits per byte (BENCHMARKS.md).
 
 out_dir = 'out-shakespeare'
 dataset = 'shakespeare'
