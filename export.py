@@ -10,17 +10,19 @@ from runtime import UserError, begin_script, raise_on_signals
 
 begin_script()  # first, so that Ctrl-C ends the imports as well: they take seconds
 
-import contextlib
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 
 import tokenizer as tokenizers
+from checkpoint import flush
 from configurator import configure
 from inference import load_model
 from model import hf_tensors, scale_frequencies, transformers_has_it
@@ -59,25 +61,28 @@ def find_split(contents):
 
     Raises UserError if it has none.
     """
-    kind = contents['model'].get('type')
-    if kind != 'BPE':
-        raise UserError(f'A vocabulary of type {kind} is not exported, only byte-level BPE.')
+    model = contents['model']
+    if model.get('type') != 'BPE' or 'merges' not in model:
+        raise UserError('Only vocabularies of byte-level BPE are exported, and this is another.')
+    normalizer = contents.get('normalizer') or {'type': 'NFC'}  # which llama.cpp leaves out
     first = contents.get('pre_tokenizer') or {'type': 'none'}
-    steps = []
+    steps = [] if normalizer['type'] == 'NFC' else [normalizer['type']]
+    has_bytes = False
     for step in first.get('pretokenizers', [first]):
-        kind = step['type']
-        if kind == 'Split':
-            steps.append(step['pattern'].get('Regex'))
-        elif kind == 'Digits' and not step['individual_digits']:
-            steps.append('runs of digits')
-        elif kind != 'ByteLevel':
-            steps.append(kind)
-        elif step.get('add_prefix_space'):
-            steps.append('a space before a text')
-        elif step.get('use_regex', True):
-            steps.append(GPT2)
-    if tuple(steps) not in SPLITS:
-        raise UserError(f'llama.cpp cuts no text as this tokenizer does, at {steps}: not exported.')
+        how = step['type']
+        if how == 'Split' and step['behavior'] == 'Isolated' and not step['invert']:
+            how = step['pattern'].get('Regex')
+        elif how == 'Digits' and not step['individual_digits']:
+            how = 'runs of digits'
+        elif how == 'ByteLevel':
+            has_bytes = True
+            if not step.get('use_regex', True):
+                continue
+            how = 'a space before a text' if step.get('add_prefix_space') else GPT2
+        steps.append(how)
+    if tuple(steps) not in SPLITS or not has_bytes:
+        what = ', then '.join(map(str, steps)) or 'nothing'
+        raise UserError(f'llama.cpp cuts no text as this tokenizer does ({what}): not exported.')
     return SPLITS[tuple(steps)]
 
 
@@ -85,11 +90,14 @@ def list_tokens(tokenizer, contents, n):
     """Return the texts of n tokens in the order of their ids, and their types."""
     texts = [f'[PAD{id}]' for id in range(n)]  # of ids that the tokenizer does not have
     types = [UNUSED] * n
-    for text, id in tokenizer.vocabulary().items():
+    ids = tokenizer.vocabulary()
+    if max(ids.values()) >= n:
+        raise UserError(f'The tokenizer has more than the {n:,} tokens of the model: not exported.')
+    for text, id in ids.items():
         texts[id] = text
         types[id] = NORMAL
     for token in contents.get('added_tokens', ()):
-        types[token['id']] = CONTROL if token['special'] else USER_DEFINED
+        types[ids[token['content']]] = CONTROL if token['special'] else USER_DEFINED
     return texts, types
 
 
@@ -103,7 +111,7 @@ def list_merges(tokenizer, contents):
         merges = []
         for text in contents['model']['vocab']:
             merges += [(text[:end], text[end]) for end in range(1, len(text))]
-    # Without any llama.cpp loads no model: this one never happens.
+    # llama.cpp loads no model without merges. This one is of two tokens that no text has.
     merges = merges or [(tokenizers.END_OF_TEXT, tokenizers.END_OF_TEXT)]
     written = [merge if isinstance(merge, str) else ' '.join(merge) for merge in merges]
     return list(dict.fromkeys(written))  # each once
@@ -119,23 +127,30 @@ def add_vocabulary(writer, model, tokenizer):
     writer.add_token_merges(list_merges(tokenizer, contents))
 
     special = dict(tokenizer.special_ids)
-    ends = sorted(model.stop_ids())
-    if ends and special.get('eos') not in ends:
+    ends = sorted(id for id in model.stop_ids() if id < model.config.vocab_size)
+    if ends and 'eos' not in special:
         special['eos'] = ends[0]
+    others = [id for id in ends if id != special['eos']]
     if 'eos' not in special:
         # llama.cpp would take the token with id 11 for it.
-        raise UserError('The vocabulary has no end of text, which llama.cpp needs: not exported.')
+        how = 'prepare a text of several documents, or with another --tokenizer'
+        raise UserError(f'The vocabulary has no end of text, which llama.cpp needs: {how}.')
+    bos = special.get('bos')
+    if tokenizer.prefix not in ([], [bos]) or len(others) > 2:
+        raise UserError('llama.cpp cannot begin or end a text as this model does: not exported.')
     writer.add_eos_token_id(special['eos'])
     writer.add_bos_token_id(special.get('bos', special['eos']))
     if 'pad' in special:
         writer.add_pad_token_id(special['pad'])
-    others = [id for id in ends if id != special['eos']]
-    if others:
-        writer.add_eot_token_id(others[0])
-    writer.add_add_bos_token(tokenizer.prefix == [special.get('bos')])
+    for id, add in zip(others, (writer.add_eot_token_id, writer.add_eom_token_id), strict=False):
+        add(id)
+    writer.add_add_bos_token(bos is not None and tokenizer.prefix == [bos])
     writer.add_add_space_prefix(False)
-    with contextlib.suppress(UserError):  # where it has none
+    try:
         writer.add_chat_template(tokenizers.find_template(tokenizer))
+    except UserError as error:
+        if 'no chat template' not in str(error):  # but a damaged one
+            raise
 
 
 # -----------------------------------------------------------------------------
@@ -216,6 +231,8 @@ def write_gguf(model, tokenizer, name, dtype, path):
         raise UserError('A GGUF file needs the package gguf: pip install gguf') from None
     if not transformers_has_it(model):
         raise UserError('The model was changed, and llama.cpp has no such model: not exported.')
+    if model.config.rope_scaling and model.config.arch != 'llama':
+        raise UserError('llama.cpp scales positions of Llamas only: not exported.')
     writer = gguf.GGUFWriter(path, model.config.arch)
     writer.add_name(name)
     file_type = {'float32': 'ALL_F32', 'q8_0': 'MOSTLY_Q8_0'}
@@ -233,27 +250,34 @@ def write_gguf(model, tokenizer, name, dtype, path):
 
 def write_folder(model, tokenizer, name, dtype, path):
     os.mkdir(path)
-    model.to(getattr(torch, dtype)).save_pretrained(path, tokenizer.special_ids)
+    try:
+        model.to(getattr(torch, dtype)).save_pretrained(path, tokenizer.special_ids)
+    except SafetensorError as error:  # its own for a full disk
+        raise UserError(f'{path.name} cannot be written: {error}') from None
     tokenizers.save(tokenizer, path)
 
 
 if format == 'folder' and dtype == 'q8_0':
     raise UserError("dtype='q8_0' is for format=gguf: choose another.")
-raise_on_signals()
 folder, model, tokenizer = load_model(init_from, out_dir, checkpoint)
 ending = '.gguf' if format == 'gguf' else ''
 place = out_dir if init_from == 'resume' else '.'
 target = Path(to or os.path.join(place, f'model-{dtype}{ending}'))
 if target.exists():
     raise UserError(f'{target} exists: delete it, or name another one with --to.')
-target.parent.mkdir(parents=True, exist_ok=True)
+if not target.parent.is_dir():
+    raise UserError(f'There is no folder {target.parent} to write to: make it first.')
 name = Path(out_dir if init_from == 'resume' else init_from).name
-# Written under another name, so that it is complete or absent.
+# Written under another name, and flushed, so that it is complete or absent.
+raise_on_signals()
 temporary = Path(tempfile.mkdtemp(prefix='.export-', dir=target.parent))
 try:
     write = write_gguf if format == 'gguf' else write_folder
     write(model, tokenizer, name, dtype, temporary / target.name)
-    os.replace(temporary / target.name, target)
+    written = temporary / target.name
+    for path in (*written.glob('*'), written):
+        flush(path)
+    os.replace(written, target)
 finally:
     shutil.rmtree(temporary, ignore_errors=True)
 
@@ -262,4 +286,4 @@ size = sum(file.stat().st_size for file in files) / 1e6
 print(f'{folder} -> {target}, {size:,.1f} MB in {dtype}')
 print(f'{model.count_parameters():,} parameters, {tokenizer.n_vocab:,} tokens ({tokenizer.kind})')
 if format == 'gguf':
-    print(f'llama-cli -m {target} -p "Once" -n 100 -no-cnv')
+    print(f'llama-completion -m {shlex.quote(str(target))} -no-cnv -n 100 -p "Once"')

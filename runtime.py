@@ -293,9 +293,9 @@ def can_compile(device):
 
 
 def make_compiled_repeatable():
-    """Have torch.compile make the same kernels in every process, none of which sums in any order.
+    """Have torch.compile make the same kernels in every process.
 
-    Else a run that is resumed would differ in its last bits.
+    On a CPU a compiled run then repeats to the bit. On CUDA attention still sums in any order.
     """
     import torch
     from torch._inductor import config, decomposition

@@ -186,8 +186,12 @@ def edit(path, change):
     [
         (lambda c: c['pre_tokenizer']['pretokenizers'][0]['pattern'].update(Regex='x+'), 'x+'),
         (lambda c: c['pre_tokenizer']['pretokenizers'][1].update(use_regex=True), 'as in GPT-2'),
-        (lambda c: c['pre_tokenizer']['pretokenizers'].pop(0), '[]'),
+        (lambda c: c['pre_tokenizer']['pretokenizers'].pop(0), '(nothing)'),
+        (lambda c: c['pre_tokenizer']['pretokenizers'].pop(1), 'cuts no text'),
+        (lambda c: c['pre_tokenizer']['pretokenizers'][0].update(invert=True), 'Split'),
+        (lambda c: c.update(normalizer={'type': 'Lowercase'}), 'Lowercase'),
         (lambda c: c.update(pre_tokenizer={'type': 'Whitespace'}), 'Whitespace'),
+        (lambda c: c['model']['vocab'].update(more=999), 'more than the'),
         (lambda c: c.update(added_tokens=[], post_processor=None), 'no end of text'),
     ],
 )
@@ -201,6 +205,18 @@ def test_what_llama_cpp_would_read_otherwise_is_refused(run, tmp_path, change, s
     result = export(run, '--to=x.gguf', code=1)
     assert result.is_one_sentence and sentence in result.err
     assert [path.name for path in tmp_path.iterdir()] == ['here']
+
+
+def test_scaled_positions_of_others_than_llamas_are_refused(run, tmp_path):
+    make_folder(tmp_path / 'here', 'qwen3', rope_scaling=SCALED)
+    result = export(run, '--to=x.gguf', code=1)
+    assert result.is_one_sentence and 'Llamas only' in result.err
+
+
+def test_a_folder_that_is_not_there_is_not_made(run, tmp_path):
+    make_folder(tmp_path / 'here')
+    result = export(run, '--to=a/b/x.gguf', code=1)
+    assert result.is_one_sentence and 'no folder a/b' in result.err
 
 
 @pytest.mark.parametrize('form', ['gguf', 'folder'])

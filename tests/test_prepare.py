@@ -621,7 +621,8 @@ def test_killed_at_any_instant_a_dataset_is_complete_or_absent(tmp_path):
 
 
 def test_a_bpe_vocabulary_suits_the_size_of_the_text(run, tmp_path):
-    (tmp_path / 'x.txt').write_text(' '.join(f'{n} sheep' for n in range(4000)))  # 45 kB
+    names = ''.join(f'{n} sheep ' for n in range(4000))  # 45 kB, of many different words
+    (tmp_path / 'x.txt').write_text(names.translate(str.maketrans('0123456789', 'aeioubdgkl')))
     result = run('prepare.py', '--input=x.txt', '--quiet')
     assert 'x: bpe tokenizer, 512 tokens in its vocabulary' in result.out
     suitable = result.globals['suitable_vocabulary']
