@@ -30,6 +30,7 @@ import torch
 from safetensors import SafetensorError
 
 import tokenizer as tokenizers
+from card import write_card
 from model import GPTConfig, read_config
 from runtime import UserError, lock_file
 
@@ -132,6 +133,7 @@ def write_files(folder, model, tokenizer, meta, state):
 
     # meta.json comes last, since it has the checksums of all the others.
     files = {file.name: checksum(file) for file in sorted(folder.iterdir())}
+    write_card(folder, folder.parent, model, tokenizer, meta)  # which people may edit
     (folder / 'meta.json').write_text(json.dumps(meta | {'files': files}, indent=1) + '\n')
 
     # A rename may reach the disk before the contents do. Flushed first, they are there when it is.

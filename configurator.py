@@ -46,6 +46,9 @@ OTHER_NAMES = {
 OTHER_FORMATS = '.txt .md .json .jsonl .csv .parquet .yaml .yml .toml .ini .cfg .ipynb'
 
 
+defaults = {}  # {knob: its value in the script that was configured}
+
+
 class Accepted(NamedTuple):
     """The values that a knob accepts."""
 
@@ -62,6 +65,8 @@ def configure(script, args=None):
     """
     sys.excepthook = explain_error
     knobs = {name: value for name, value in script.items() if _is_knob(name, value)}
+    defaults.clear()
+    defaults.update(knobs)
     annotations = sys.modules[script['__name__']].__annotations__
     accepted = {name: _accepted(annotations.get(name, type(knobs[name]))) for name in knobs}
     if args is None:

@@ -427,6 +427,15 @@ class Mixture:
         """The datasets, a line for each, as the terminal shows them."""
         return '\n        '.join(each.describe() for each in self.datasets)
 
+    def facts(self):
+        """What a model card says of each dataset: a list of dictionaries."""
+        rows = []
+        for name, share, each in zip(self.names, self.shares, self.datasets, strict=True):
+            splits = {split: each.meta[split] for split in SPLITS}
+            row = {'name': name, 'share': float(share), 'source': each.meta.get('source') or []}
+            rows.append(row | splits)
+        return rows
+
     def fingerprint(self):
         """By which a run recognizes its text, and what its positions mean: checksums and shares."""
         checksums = [each.fingerprint() for each in self.datasets]

@@ -4,13 +4,16 @@
     python export.py --out_dir=out-shakespeare --dtype=q8_0
     python export.py --init_from=HuggingFaceTB/SmolLM2-135M --to=smollm2.gguf
     python export.py --out_dir=out-shakespeare --format=folder --dtype=bfloat16 --to=shakespeare
+    python export.py --out_dir=out-shakespeare --format=folder --push=ORG/NAME    # to the Hub
 """
 
 from runtime import UserError, begin_script, raise_on_signals
 
 begin_script()  # first, so that Ctrl-C ends the imports as well: they take seconds
 
+import contextlib
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -22,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 
 import tokenizer as tokenizers
+from card import LOADED, is_name
 from checkpoint import flush
 from configurator import configure
 from inference import load_model
@@ -34,6 +38,7 @@ checkpoint: Literal['best', 'last'] = 'best'  # which one; the best has the lowe
 format: Literal['gguf', 'folder'] = 'gguf'  # folder: a checkpoint without the state of its training
 dtype: Literal['float32', 'bfloat16', 'float16', 'q8_0'] = 'float16'  # of matrices; q8_0: 8 bits
 to: str | None = None  # the file or folder to write; None: model-DTYPE in out_dir, or here
+push: str | None = None  # then upload it to this repository of the Hugging Face Hub, ORG/NAME
 # -----------------------------------------------------------------------------
 config = configure(globals())
 
@@ -50,6 +55,7 @@ SPLITS = {
     (rf'{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{AFTER_DIGITS}',): 'qwen2',
     (rf'{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{AFTER_DIGITS}',): 'llama-bpe',
 }
+CARD = 'README.md'
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # types of tokens, by GGUF's specification
 
 # -----------------------------------------------------------------------------
@@ -255,10 +261,56 @@ def write_folder(model, tokenizer, name, dtype, path):
     except SafetensorError as error:  # its own for a full disk
         raise UserError(f'{path.name} cannot be written: {error}') from None
     tokenizers.save(tokenizer, path)
+    if card is not None:
+        (path / CARD).write_bytes(card)
+
+
+# -----------------------------------------------------------------------------
+# the Hub
+
+
+def read_card(folder):
+    """Return the model card of a folder as bytes, None if it has none."""
+    path = Path(folder, CARD)
+    if not path.is_file():
+        return None
+    text = path.read_text(encoding='utf-8')
+    return (text.replace(LOADED.format('.'), LOADED.format(push)) if push else text).encode()
+
+
+@contextlib.contextmanager
+def upload_explained(doing, advice=''):
+    """Turn what goes wrong in speaking to the Hub into UserError."""
+    logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # our sentence says it all
+    try:
+        yield
+    except Exception as error:  # whatever the network makes it raise
+        status = getattr(getattr(error, 'response', None), 'status_code', None)
+        reason = ' '.join(str(error).split())[:200]
+        if status in (401, 403):
+            reason = 'log in as one who may write there, with: hf auth login'
+        raise UserError(f'{doing} failed: {reason}{advice}') from None
+
+
+def upload(target):
+    """Upload a file or the files of a folder, and the card, in one commit."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    files = {path.name: path for path in (target.iterdir() if target.is_dir() else [target])}
+    if card is not None:
+        files[CARD] = card
+    operations = [CommitOperationAdd(name, contents) for name, contents in files.items()]
+    where = shlex.quote(str(target))
+    with upload_explained(f'Uploading to {push}', f'. To try again: hf upload {push} {where}'):
+        HfApi().create_commit(push, operations, commit_message=f'Upload {target.name}')
+    print(f'{target} -> {push} on the Hugging Face Hub, {len(files)} files')
+
 
 
 if format == 'folder' and dtype == 'q8_0':
     raise UserError("dtype='q8_0' is for format=gguf: choose another.")
+if push is not None and not is_name(push):
+    raise UserError(f'push={push}: name a repository of the Hugging Face Hub, as ORG/NAME.')
 folder, model, tokenizer = load_model(init_from, out_dir, checkpoint)
 ending = '.gguf' if format == 'gguf' else ''
 place = out_dir if init_from == 'resume' else '.'
@@ -268,6 +320,12 @@ if target.exists():
 if not target.parent.is_dir():
     raise UserError(f'There is no folder {target.parent} to write to: make it first.')
 name = Path(out_dir if init_from == 'resume' else init_from).name
+card = read_card(folder)
+if push is not None:  # better now than when all is written
+    from huggingface_hub import HfApi
+
+    with upload_explained(f'Making {push} on the Hugging Face Hub'):
+        HfApi().create_repo(push, exist_ok=True)
 # Written under another name, and flushed, so that it is complete or absent.
 raise_on_signals()
 temporary = Path(tempfile.mkdtemp(prefix='.export-', dir=target.parent))
@@ -287,3 +345,5 @@ print(f'{folder} -> {target}, {size:,.1f} MB in {dtype}')
 print(f'{model.count_parameters():,} parameters, {tokenizer.n_vocab:,} tokens ({tokenizer.kind})')
 if format == 'gguf':
     print(f'llama-completion -m {shlex.quote(str(target))} -no-cnv -n 100 -p "Once"')
+if push is not None:
+    upload(target)

@@ -229,7 +229,7 @@ def print_summary(out_dir, progress, n_tokens, model, device):
         f'{out_dir} has the checkpoints, loss.png and log.jsonl. Sample from it with:\n'
         f'python sample.py --out_dir={shlex.quote(out_dir)}'
     )
-    if overfits(_all_records(log_path), progress.best_step):
+    if overfits(all_records(log_path), progress.best_step):
         print_line(OVERFITTING.format(progress.best_step))
     if _record_file:
         print(json.dumps(final), flush=True, file=_record_file)
@@ -246,7 +246,7 @@ OVERFITTING = (
 def warn_of_overfitting(log_path, best_step):
     """Say it once where validation has risen since a step while training fell."""
     global _has_warned
-    if not _has_warned and overfits(_all_records(log_path), best_step):
+    if not _has_warned and overfits(all_records(log_path), best_step):
         print_line(OVERFITTING.format(best_step))
         _has_warned = True
 
@@ -346,7 +346,7 @@ def read_log(folder):
     return records
 
 
-def _all_records(path):
+def all_records(path):
     """Return the records of a log; none where it was deleted."""
     return [record for _, record in _read_lines(path)] if os.path.isfile(path) else []
 

@@ -341,7 +341,7 @@ def save_checkpoint(val_loss, must_succeed=False, weights_only=False):
         return ''
     meta = {
         'format': 1, 'step': progress.step, 'val_loss': val_loss, 'config': run_config,
-        'data': data.fingerprint(), 'torch': torch.__version__,
+        'data': data.fingerprint(), 'text': data.facts(), 'torch': torch.__version__,
     }  # fmt: skip
     state = None
     if not weights_only:

@@ -7,9 +7,11 @@
 
 A repository is a folder, folder/models/ORG/NAME or folder/datasets/ORG/NAME, as it is at the time
 of a request. Its commit follows from its files, and an earlier one is not kept. The folder
-NAME@BRANCH is another branch of it. Files are sent by the Hub itself: there is no LFS, no Xet.
+NAME@BRANCH is another branch of it. Files are sent by the Hub itself, without LFS or Xet. What is
+uploaded becomes such a folder; safetensors and GGUF files come by LFS, as the Hub wants them.
 """
 
+import base64
 import hashlib
 import json
 import os
@@ -26,6 +28,8 @@ import yaml
 from pyarrow import parquet
 
 API = re.compile(r'/api/(models|datasets)/([^/]+/[^/]+)(?:/([a-z-]+)(?:/([^/]+)(?:/(.+))?)?)?')
+LFS = re.compile(r'/([^/]+/[^/]+)\.git/info/lfs/objects/(batch|[0-9a-f]{64})')
+LARGE = ('.safetensors', '.gguf')  # files that are uploaded by LFS
 FILE = re.compile(r'/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)')
 RANGE = re.compile(r'bytes=(\d+)-(\d*)')
 
@@ -56,9 +60,11 @@ class HubServer(ThreadingHTTPServer):
         self.folder = folder
         self.url = f'http://127.0.0.1:{self.server_port}'
         self.requests = []  # of all clients, in order
+        self.large = {}  # {SHA-256: bytes} of files that came by LFS
         self.page_size = 1000  # files and folders that one answer lists
 
         self.gated = set()  # repositories whose files nobody may have: 401, with a token 403
+        self.full = set()  # repositories that take no more files: 400
         self.down = set()  # repositories that are not available: 503
         self.fail_every = None  # every Nth request: 503
         self.cut_after = None  # bytes of a file after which the connection is lost, once
@@ -145,16 +151,23 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self):
         """Answer a request of any method."""
-        form = self.rfile.read(int(self.headers.get('Content-Length', 0)))
+        self.body = self.rfile.read(int(self.headers.get('Content-Length', 0)))
         path, _, query = self.path.partition('?')
-        values = parse_qs(query) | parse_qs(form.decode())
+        values = parse_qs(query) | parse_qs(self.body.decode(errors='replace'))
         api = API.fullmatch(path)
+        lfs = LFS.fullmatch(path)
         file = FILE.fullmatch(path)
         self.extra = {}  # headers of the answer
         try:
             if self.server.is_failing():
                 raise Refusal(503, None, 'Try again')
-            if api:
+            if path in ('/api/repos/create', '/api/validate-yaml'):
+                self.answer_author(path)
+            elif lfs:
+                self.answer_lfs(*lfs.groups())
+            elif api and api[3] in ('preupload', 'commit'):
+                self.answer_upload(api[2], api[3])
+            elif api:
                 self.answer_api(*api.groups(), values)
             elif file:
                 self.answer_file(*file.groups())
@@ -169,7 +182,71 @@ class Handler(BaseHTTPRequestHandler):
                 self.extra['Retry-After'] = '0'  # clients make a second of it, else up to eight
             self.send(status, {'error': message})
 
-    do_GET = do_HEAD = do_POST = do_CONNECT = answer
+    do_GET = do_HEAD = do_POST = do_PUT = do_CONNECT = answer
+
+    def check_author(self, name):
+        """Raise Refusal unless whoever asks may write to a repository."""
+        if 'Authorization' not in self.headers:
+            raise Refusal(401, None, 'Invalid username or password.')
+        if name in self.server.gated:
+            raise Refusal(403, None, f'You may not write to {name}')
+
+    def answer_author(self, path):
+        """Make a repository, or check the head of a model card."""
+        values = json.loads(self.body)
+        if path == '/api/validate-yaml':
+            head = values['content'].split('---\n')[1]
+            errors = [] if isinstance(yaml.safe_load(head), dict) else [{'message': 'no head'}]
+            self.send(400 if errors else 200, {'errors': errors, 'warnings': []})
+            return
+        name = f'{values["organization"]}/{values["name"]}'
+        self.check_author(name)
+        folder = self.server.folder / 'models' / name
+        url = f'{self.server.url}/{name}'
+        if folder.exists():
+            self.send(409, {'error': 'You already created this model repo', 'url': url})
+            return
+        folder.mkdir(parents=True)
+        (folder / '.gitattributes').write_text('*.safetensors filter=lfs\n')
+        self.send(200, {'url': url})
+
+    def answer_lfs(self, name, what):
+        """Say where a large file is to be sent, or take it."""
+        if what != 'batch':
+            assert hashlib.sha256(self.body).hexdigest() == what
+            self.server.large[what] = self.body
+            self.send(200, {})
+            return
+        self.check_author(name)
+        objects = []
+        for each in json.loads(self.body)['objects']:
+            url = f'{self.server.url}/{name}.git/info/lfs/objects/{each["oid"]}'
+            objects.append({**each, 'actions': {'upload': {'href': url}}})
+        self.send(200, {'transfer': 'basic', 'objects': objects})
+
+    def answer_upload(self, name, what):
+        """Say how each file is to be sent, or write the files of a commit."""
+        self.check_author(name)
+        if what == 'preupload':
+            modes = []
+            for file in json.loads(self.body)['files']:
+                mode = 'lfs' if file['path'].endswith(LARGE) else 'regular'
+                modes.append({'path': file['path'], 'uploadMode': mode, 'shouldIgnore': False})
+            self.send(200, {'files': modes})
+            return
+        if name in self.server.full:
+            raise Refusal(400, None, 'No room for more files')
+        folder = self.server.folder / 'models' / name
+        for line in self.body.splitlines():
+            entry = json.loads(line)
+            value = entry['value']
+            if entry['key'] == 'file':
+                (folder / value['path']).write_bytes(base64.b64decode(value['content']))
+            elif entry['key'] == 'lfsFile':
+                (folder / value['path']).write_bytes(self.server.large[value['oid']])
+        commit = self.server.branches('models', name)['main'][0]
+        url = f'{self.server.url}/{name}/commit/{commit}'
+        self.send(200, {'success': True, 'commitOid': commit, 'commitUrl': url})
 
     def answer_api(self, kind, name, what, revision, folder, values):
         """Answer with JSON. what: 'revision', 'tree', 'paths-info', 'refs', or None."""

@@ -32,6 +32,8 @@ KNOBS = {
     'eval_only': False,
     'optimizer': 'adamw',
     'learning_rate': 0.1,
+    'batch_size': 1,
+    'gradient_accumulation_steps': 1,
     'dropout': 0.0,
     'arch': 'gpt2',
     'n_layer': 1,
@@ -53,7 +55,8 @@ def save(tmp_path, monkeypatch):
         names = {field.name for field in fields(GPTConfig)} & knobs.keys()
         values = {name: knobs[name] for name in names} | shape
         model = GPT(GPTConfig(vocab_size=64, **values))
-        meta = {'step': step, 'val_loss': val_loss, 'config': knobs, 'data': ['a', 'b']}
+        meta = {'step': step, 'val_loss': val_loss, 'config': knobs}
+        meta |= {'data': ['a', 'b'], 'text': []}
         state = {'progress': {'step': step}, 'optimizer': {'x': 1}, 'scaler': {}}
         if weights_only:
             state = None

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import command, same
+from hub import HubServer
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tokenizer as tokenizers
+from card import LOADED
 from model import GPT, GPTConfig, hf_tensors
 
 SHAPE = {'block_size': 64, 'n_layer': 2, 'n_head': 4, 'n_embd': 64, 'intermediate_size': 96}
@@ -242,3 +244,77 @@ def test_without_gguf_it_says_what_to_install(tmp_path):
     assert result.returncode == 1
     assert result.stderr == 'A GGUF file needs the package gguf: pip install gguf\n'
 
+
+
+# -----------------------------------------------------------------------------
+# upload
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with HubServer(tmp_path / 'hub') as server:
+        yield server
+
+
+def push(hub, folder, *args, code=0, **variables):
+    environment = hub.environment(folder / 'cache', **variables)
+    args = ['--init_from=here', '--push=me/sheep', *args]
+    result = command('export.py', *args, cwd=folder, env=environment)
+    assert result.returncode == code, result.stderr
+    return result
+
+
+@pytest.mark.parametrize('form', ['folder', 'gguf'])
+def test_a_model_is_uploaded_with_its_card(hub, tmp_path, form):
+    make_folder(tmp_path / 'here')
+    card = f'---\ntags:\n- flatgpt\n---\n\n{LOADED.format(".")}  # öde\n'
+    (tmp_path / 'here' / 'README.md').write_text(card, encoding='utf-8')
+    flags = [f'--format={form}', '--dtype=float32', '--to=sheep.gguf']
+    result = push(hub, tmp_path, *flags, HF_TOKEN='hf_token')
+    assert 'me/sheep on the Hugging Face Hub' in result.stdout
+    _, files = hub.branches('models', 'me/sheep')['main']
+    files.pop('.gitattributes')
+    assert files.pop('README.md').decode() == card.replace("'.'", "'me/sheep'")
+    written = tmp_path / 'sheep.gguf'
+    if form == 'gguf':
+        assert files == {'sheep.gguf': written.read_bytes()}
+        return
+    files['README.md'] = card.replace("'.'", "'me/sheep'").encode()
+    assert files == {path.name: path.read_bytes() for path in written.iterdir()}
+    client = hub.environment(tmp_path / 'cache')
+    flags = ['--max_new_tokens=3', '--device=cpu']
+    sampled = command('sample.py', '--init_from=me/sheep', *flags, cwd=tmp_path, env=client)
+    assert sampled.returncode == 0, sampled.stderr
+
+
+def test_a_second_upload_replaces_the_first(hub, tmp_path):
+    make_folder(tmp_path / 'here')
+    push(hub, tmp_path, '--to=a.gguf', HF_TOKEN='hf_token')
+    push(hub, tmp_path, '--to=b.gguf', HF_TOKEN='hf_token')
+    _, files = hub.branches('models', 'me/sheep')['main']
+    assert files.keys() == {'.gitattributes', 'a.gguf', 'b.gguf'}
+
+
+def test_who_may_not_write_is_told_before_the_work(hub, tmp_path):
+    make_folder(tmp_path / 'here')
+    hub.gated.add('me/sheep')
+    for variables in ({}, {'HF_TOKEN': 'hf_token'}):
+        result = push(hub, tmp_path, '--to=a.gguf', code=1, **variables)
+        assert result.stderr.count('\n') == 1 and 'hf auth login' in result.stderr
+        assert not (tmp_path / 'a.gguf').exists()
+
+
+def test_an_upload_that_fails_leaves_the_file_and_says_how(hub, tmp_path):
+    make_folder(tmp_path / 'here')
+    hub.full.add('me/sheep')
+    result = push(hub, tmp_path, '--to=a.gguf', code=1, HF_TOKEN='hf_token')
+    assert result.stderr.startswith('Uploading to me/sheep failed: ')
+    assert 'No room' in result.stderr and result.stderr.count('\n') == 1
+    assert result.stderr.endswith('. To try again: hf upload me/sheep a.gguf\n')
+    assert (tmp_path / 'a.gguf').exists()
+
+
+def test_a_name_that_is_none_is_refused(run, tmp_path):
+    make_folder(tmp_path / 'here')
+    result = export(run, '--push=sheep', code=1)
+    assert result.is_one_sentence and 'ORG/NAME' in result.err
