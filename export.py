@@ -123,8 +123,27 @@ def list_merges(tokenizer, contents):
     return list(dict.fromkeys(written))  # each once
 
 
+def add_endless_characters(writer, tokenizer):
+    """Add characters without an end of text, as a text of a single document has them.
+
+    Of llama.cpp's vocabularies with an end of their own choice none will do: RWKV's has none. It
+    takes the longest token that fits, and would look forever for one of which it has the first
+    bytes only, so that characters of several bytes are not for it.
+    """
+    characters = [tokenizer.decode([id]) for id in range(tokenizer.n_vocab)]
+    if not all(map(str.isascii, characters)):
+        how = 'prepare a text of several documents, or with another --tokenizer'
+        raise UserError(f'The vocabulary has no end of text, which llama.cpp needs: {how}.')
+    writer.add_tokenizer_model('rwkv')
+    writer.add_token_list([rf'\x{ord(character):02x}' for character in characters])
+    writer.add_token_types([NORMAL] * len(characters))
+
+
 def add_vocabulary(writer, model, tokenizer):
     contents = json.loads(tokenizer.files['tokenizer.json'])
+    if tokenizer.kind == 'char' and tokenizer.end_of_text is None:
+        add_endless_characters(writer, tokenizer)
+        return
     writer.add_tokenizer_model('gpt2')  # byte-level BPE
     writer.add_tokenizer_pre(find_split(contents))
     texts, types = list_tokens(tokenizer, contents, model.config.vocab_size)

@@ -27,9 +27,9 @@ SCALED = {'rope_type': 'llama3', 'original_max_position_embeddings': 64, **SCALE
 TEXTS = ['the sheep jumped, 12 times; née Öde 日本 ह़ै\n\n', 'of sheep and sheep']
 
 
-def make_folder(folder, name='qwen3', kind='bpe', **changes):
+def make_folder(folder, name='qwen3', kind='bpe', texts=TEXTS, end_of_text=True, **changes):
     """A model of random weights, norms and biases, in a folder with its tokenizer."""
-    vocabulary = tokenizers.build(kind, TEXTS, 300)
+    vocabulary = tokenizers.build(kind, texts, 300, end_of_text)
     torch.manual_seed(0)
     shape = SHAPE | SHAPES[name] | changes
     config = GPTConfig(arch=name.partition(',')[0], vocab_size=vocabulary.n_vocab, **shape)
@@ -141,6 +141,20 @@ def test_a_vocabulary_has_its_ids_and_its_ends(run, tmp_path, kind):
     else:
         written = json.loads(vocabulary.files['tokenizer.json'])['model']['merges']
         assert merges == written
+
+
+def test_characters_without_an_end_of_text_are_bytes(run, tmp_path):
+    make_folder(tmp_path / 'here', kind='char', texts=['\nab'], end_of_text=False)
+    export(run, '--to=x.gguf')
+    _, keys = read('x.gguf')
+    assert keys['tokenizer.ggml.model'] == 'rwkv' and 'tokenizer.ggml.eos_token_id' not in keys
+    assert keys['tokenizer.ggml.tokens'] == [r'\x0a', r'\x61', r'\x62']
+
+
+def test_others_than_ascii_need_an_end_of_text(run, tmp_path):
+    make_folder(tmp_path / 'here', kind='char', texts=['abö'], end_of_text=False)
+    result = export(run, '--to=x.gguf', code=1)
+    assert result.is_one_sentence and 'no end of text' in result.err
 
 
 def test_a_folder_is_the_checkpoint_without_its_training(run, sheep, tmp_path):
