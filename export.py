@@ -15,6 +15,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import tempfile
@@ -56,7 +57,11 @@ SPLITS = {
     (rf'{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{AFTER_DIGITS}',): 'llama-bpe',
 }
 CARD = 'README.md'
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # types of tokens, by GGUF's specification
+# Types of tokens, by GGUF's specification.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+# How a tokenizer.json writes SentencePiece's spaces: one before a text, and all as U+2581.
+PREPEND = {'type': 'Prepend', 'prepend': '\u2581'}
+REPLACE = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': '\u2581'}
 
 # -----------------------------------------------------------------------------
 # the vocabulary
@@ -69,7 +74,7 @@ def find_split(contents):
     """
     model = contents['model']
     if model.get('type') != 'BPE' or 'merges' not in model:
-        raise UserError('Only vocabularies of byte-level BPE are exported, and this is another.')
+        raise UserError('Only vocabularies of BPE are exported, and this is another.')
     normalizer = contents.get('normalizer') or {'type': 'NFC'}  # which llama.cpp leaves out
     first = contents.get('pre_tokenizer') or {'type': 'none'}
     steps = [] if normalizer['type'] == 'NFC' else [normalizer['type']]
@@ -92,6 +97,28 @@ def find_split(contents):
     return SPLITS[tuple(steps)]
 
 
+def find_space(contents):
+    """Return whether SentencePiece puts a space before a text. None: it is not SentencePiece's."""
+    if not contents['model'].get('byte_fallback'):
+        return None
+    normalizer = contents.get('normalizer') or {'normalizers': []}
+    normalizers = normalizer.get('normalizers', [normalizer])
+    first = contents.get('pre_tokenizer')
+    if first is None and normalizers in ([PREPEND, REPLACE], [REPLACE]):
+        return PREPEND in normalizers
+    is_metaspace = first is not None and first['type'] == 'Metaspace' and not first['split']
+    return first['prepend_scheme'] != 'never' if is_metaspace and not normalizers else None
+
+
+def list_scores(texts, contents):
+    """Return SentencePiece's scores: what is merged earlier has a higher one."""
+    scores = {}
+    for rank, merge in enumerate(contents['model']['merges']):
+        left, right = merge.split(' ') if isinstance(merge, str) else merge
+        scores.setdefault(left + right, -float(rank))
+    return [scores.get(text, 0.0) for text in texts]
+
+
 def list_tokens(tokenizer, contents, n):
     """Return the texts of n tokens in the order of their ids, and their types."""
     texts = [f'[PAD{id}]' for id in range(n)]  # of ids that the tokenizer does not have
@@ -101,9 +128,12 @@ def list_tokens(tokenizer, contents, n):
         raise UserError(f'The tokenizer has more than the {n:,} tokens of the model: not exported.')
     for text, id in ids.items():
         texts[id] = text
-        types[id] = NORMAL
+        types[id] = BYTE if re.fullmatch('<0x[0-9A-F]{2}>', text) else NORMAL
     for token in contents.get('added_tokens', ()):
         types[ids[token['content']]] = CONTROL if token['special'] else USER_DEFINED
+    unknown = contents['model'].get('unk_token')
+    if unknown in ids:
+        types[ids[unknown]] = UNKNOWN
     return texts, types
 
 
@@ -144,12 +174,20 @@ def add_vocabulary(writer, model, tokenizer):
     if tokenizer.kind == 'char' and tokenizer.end_of_text is None:
         add_endless_characters(writer, tokenizer)
         return
-    writer.add_tokenizer_model('gpt2')  # byte-level BPE
-    writer.add_tokenizer_pre(find_split(contents))
     texts, types = list_tokens(tokenizer, contents, model.config.vocab_size)
     writer.add_token_list(texts)
     writer.add_token_types(types)
-    writer.add_token_merges(list_merges(tokenizer, contents))
+    puts_space = find_space(contents)
+    if puts_space is None:
+        writer.add_tokenizer_model('gpt2')  # byte-level BPE
+        writer.add_tokenizer_pre(find_split(contents))
+        writer.add_token_merges(list_merges(tokenizer, contents))
+    else:
+        writer.add_tokenizer_model('llama')  # SentencePiece
+        writer.add_token_scores(list_scores(texts, contents))
+        if puts_space and contents['pre_tokenizer']:
+            print('Note: llama.cpp puts a space before a text that begins with a space, too.')
+    writer.add_add_space_prefix(bool(puts_space))
 
     special = dict(tokenizer.special_ids)
     ends = sorted(id for id in model.stop_ids() if id < model.config.vocab_size)
@@ -170,7 +208,6 @@ def add_vocabulary(writer, model, tokenizer):
     for id, add in zip(others, (writer.add_eot_token_id, writer.add_eom_token_id), strict=False):
         add(id)
     writer.add_add_bos_token(bos is not None and tokenizer.prefix == [bos])
-    writer.add_add_space_prefix(False)
     try:
         writer.add_chat_template(tokenizers.find_template(tokenizer))
     except UserError as error:

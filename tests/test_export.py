@@ -11,7 +11,8 @@ import torch
 from conftest import command, same
 from hub import HubServer
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import tokenizer as tokenizers
 from card import LOADED
@@ -155,6 +156,61 @@ def test_others_than_ascii_need_an_end_of_text(run, tmp_path):
     make_folder(tmp_path / 'here', kind='char', texts=['abö'], end_of_text=False)
     result = export(run, '--to=x.gguf', code=1)
     assert result.is_one_sentence and 'no end of text' in result.err
+
+
+WRITTEN = normalizers.Replace(' ', '▁')
+SPACES = {  # how a tokenizer.json has SentencePiece's spaces: [normalizer, pre_tokenizer]
+    'Llama 2': [normalizers.Sequence([normalizers.Prepend('▁'), WRITTEN]), None],
+    'none before a text': [WRITTEN, None],
+    'newer': [None, pre_tokenizers.Metaspace(prepend_scheme='first', split=False)],
+}
+
+
+def make_sentencepiece(folder, spaces):
+    """A Llama with a vocabulary of SentencePiece's kind."""
+    normalizer, first = SPACES[spaces]
+    tokens = ['<unk>', '<s>', '</s>', *(f'<0x{byte:02X}>' for byte in range(256))]
+    merges = [('▁', 'a'), ('b', 'c'), ('▁a', 'bc'), ('a', 'b')]
+    tokens += ['▁', 'a', 'b', 'c', *(left + right for left, right in merges)]
+    vocabulary = {token: id for id, token in enumerate(tokens)}
+    hf = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token='<unk>'))
+    hf.add_special_tokens(['<unk>', '<s>', '</s>'])
+    if normalizer:
+        hf.normalizer = normalizer
+    if first:
+        hf.pre_tokenizer = first
+    fallback = [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()]
+    strip = [] if spaces.startswith('none') else [decoders.Strip(' ', 1, 0)]
+    hf.decoder = decoders.Sequence(fallback + strip)
+    folder.mkdir()
+    model = GPT(GPTConfig(arch='llama', vocab_size=len(tokens), **SHAPE))
+    model.save_pretrained(folder, {'bos': 1, 'eos': 2})
+    hf.save(str(folder / 'tokenizer.json'))
+    return hf
+
+
+@pytest.mark.parametrize('spaces', SPACES)
+def test_sentencepiece_has_its_ids(run, tmp_path, spaces):
+    hf = make_sentencepiece(tmp_path / 'here', spaces)
+    noted = export(run, '--to=x.gguf').out
+    assert ('begins with a space' in noted) == (spaces == 'newer')
+    _, keys = read('x.gguf')
+    assert keys['tokenizer.ggml.model'] == 'llama'
+    assert keys['tokenizer.ggml.add_space_prefix'] == (not spaces.startswith('none'))
+    types = keys['tokenizer.ggml.token_type']
+    assert types[:3] == [2, 3, 3] and types[3:259] == [6] * 256 and set(types[259:]) == {1}
+    theirs = AutoTokenizer.from_pretrained('.', gguf_file='x.gguf')  # from scores, without merges
+    if not spaces.startswith('none'):  # which transformers does not read from it
+        for text in ('abc', 'a abc bca', 'é a', 'cab  ab'):
+            ids = hf.encode(text, add_special_tokens=False).ids
+            assert theirs.encode(text, add_special_tokens=False) == ids, text
+
+
+def test_another_sentencepiece_is_refused(run, tmp_path):
+    make_sentencepiece(tmp_path / 'here', 'Llama 2')
+    edit(tmp_path / 'here' / 'tokenizer.json', lambda c: c['normalizer']['normalizers'].pop(1))
+    result = export(run, '--to=x.gguf', code=1)
+    assert result.is_one_sentence and 'not exported' in result.err
 
 
 def test_a_folder_is_the_checkpoint_without_its_training(run, sheep, tmp_path):
