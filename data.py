@@ -427,7 +427,7 @@ class Mixture:
         """The datasets, a line for each, as the terminal shows them."""
         return '\n        '.join(each.describe() for each in self.datasets)
 
-    def facts(self):
+    def card(self):
         """What a model card says of each dataset: a list of dictionaries."""
         rows = []
         for name, share, each in zip(self.names, self.shares, self.datasets, strict=True):

@@ -14,6 +14,7 @@ begin_script()  # first, so that Ctrl-C ends the imports as well: they take seco
 import contextlib
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -26,7 +27,7 @@ import torch
 from safetensors import SafetensorError
 
 import tokenizer as tokenizers
-from card import LOADED, is_name
+from card import LOADED, for_gguf, is_name
 from checkpoint import flush
 from configurator import configure
 from inference import load_model
@@ -39,7 +40,7 @@ checkpoint: Literal['best', 'last'] = 'best'  # which one; the best has the lowe
 format: Literal['gguf', 'folder'] = 'gguf'  # folder: a checkpoint without the state of its training
 dtype: Literal['float32', 'bfloat16', 'float16', 'q8_0'] = 'float16'  # of matrices; q8_0: 8 bits
 to: str | None = None  # the file or folder to write; None: model-DTYPE in out_dir, or here
-push: str | None = None  # then upload it to this repository of the Hugging Face Hub, ORG/NAME
+push: str | None = None  # ORG/NAME of the Hub to upload it to; made, for all to see, if need be
 # -----------------------------------------------------------------------------
 config = configure(globals())
 
@@ -47,9 +48,12 @@ config = configure(globals())
 GPT2 = 'as in GPT-2'  # written without its expression
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 AFTER_DIGITS = r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+# Of Qwen3.5, as published; tokenizer.WORDS is the same.
+WITH_MARKS = tokenizers.WORDS.partition(')|')[2]
 SPLITS = {
     (tokenizers.GPT2_WORDS,): 'gpt-2',
     (tokenizers.WORDS,): 'qwen35',
+    (rf'{CONTRACTIONS}|{WITH_MARKS}',): 'qwen35',
     (tokenizers.ONE_CHARACTER,): 'qwen35',  # any will do: no merge leaves a character
     (GPT2,): 'gpt-2',
     ('Digits', GPT2): 'smollm',
@@ -219,8 +223,18 @@ def add_vocabulary(writer, model, tokenizer):
 # the model
 
 
+def context_length(config):
+    """Return the positions that a GGUF file has.
+
+    llama.cpp rounds a context up to a multiple of 256, and ends where it has no learned position.
+    """
+    if config.arch == 'gpt2':
+        return math.ceil(config.block_size / 256) * 256
+    return config.block_size
+
+
 def add_shape(writer, config):
-    writer.add_context_length(config.block_size)
+    writer.add_context_length(context_length(config))
     writer.add_embedding_length(config.n_embd)
     writer.add_block_count(config.n_layer)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -251,6 +265,9 @@ def list_tensors(model):
         if config.arch == 'llama' and name.endswith(('q_proj.weight', 'k_proj.weight')):
             halves = tensor.view(-1, 2, config.head_dim // 2, config.n_embd)
             tensor = halves.transpose(1, 2).reshape(tensor.shape)
+        if name == 'transformer.wpe.weight':
+            n_more = context_length(config) - config.block_size
+            tensor = torch.cat((tensor, tensor[-1:].expand(n_more, -1)))
         tensors[name] = tensor.contiguous()
         has_bias = '.ln_' in name or '.c_' in name
         if has_bias and not config.bias:  # llama.cpp's GPT-2 always has them
@@ -310,7 +327,7 @@ def write_gguf(model, tokenizer, name, dtype, path):
     writer.close()
 
 
-def write_folder(model, tokenizer, name, dtype, path):
+def write_folder(model, tokenizer, dtype, path):
     os.mkdir(path)
     try:
         model.to(getattr(torch, dtype)).save_pretrained(path, tokenizer.special_ids)
@@ -325,42 +342,37 @@ def write_folder(model, tokenizer, name, dtype, path):
 # the Hub
 
 
-def read_card(folder):
-    """Return the model card of a folder as bytes, None if it has none."""
-    path = Path(folder, CARD)
-    if not path.is_file():
-        return None
-    text = path.read_text(encoding='utf-8')
-    return (text.replace(LOADED.format('.'), LOADED.format(push)) if push else text).encode()
-
-
 @contextlib.contextmanager
-def upload_explained(doing, advice=''):
+def explain_hub(doing, advice=''):
     """Turn what goes wrong in speaking to the Hub into UserError."""
     logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # our sentence says it all
     try:
         yield
     except Exception as error:  # whatever the network makes it raise
         status = getattr(getattr(error, 'response', None), 'status_code', None)
-        reason = ' '.join(str(error).split())[:200]
-        if status in (401, 403):
+        reason = ' '.join(str(error).split())[:200].rstrip('.')
+        if status in (401, 403) or 'token' in reason.lower():
             reason = 'log in as one who may write there, with: hf auth login'
         raise UserError(f'{doing} failed: {reason}{advice}') from None
 
 
-def upload(target):
-    """Upload a file or the files of a folder, and the card, in one commit."""
-    from huggingface_hub import CommitOperationAdd, HfApi
+def upload(hub, target):
+    """Upload a file, or the files of a folder, in one commit, with a card unless there is one."""
+    from huggingface_hub import CommitOperationAdd
 
     files = {path.name: path for path in (target.iterdir() if target.is_dir() else [target])}
-    if card is not None:
-        files[CARD] = card
-    operations = [CommitOperationAdd(name, contents) for name, contents in files.items()]
     where = shlex.quote(str(target))
-    with upload_explained(f'Uploading to {push}', f'. To try again: hf upload {push} {where}'):
-        HfApi().create_commit(push, operations, commit_message=f'Upload {target.name}')
-    print(f'{target} -> {push} on the Hugging Face Hub, {len(files)} files')
-
+    with explain_hub(f'Uploading to {push}', f'. To try again: hf upload {push} {where}'):
+        hub.create_repo(push, exist_ok=True)
+        files.pop(CARD, None)
+        if hub.file_exists(push, CARD):
+            print(f'{push} has a {CARD}, which stays as it is: delete it there for a new one.')
+        elif card is not None:
+            text = card.replace(LOADED.format('.').encode(), LOADED.format(push).encode())
+            files[CARD] = text if target.is_dir() else for_gguf(text.decode(), target.name).encode()
+        operations = [CommitOperationAdd(name, contents) for name, contents in files.items()]
+        hub.create_commit(push, operations, commit_message=f'Upload {target.name}')
+    print(f'{target} -> {push} on the Hugging Face Hub: {", ".join(sorted(files))}')
 
 
 if format == 'folder' and dtype == 'q8_0':
@@ -372,23 +384,28 @@ ending = '.gguf' if format == 'gguf' else ''
 place = out_dir if init_from == 'resume' else '.'
 target = Path(to or os.path.join(place, f'model-{dtype}{ending}'))
 if target.exists():
-    raise UserError(f'{target} exists: delete it, or name another one with --to.')
+    how = f'hf upload {push} {target}' if push else 'name another one with --to'
+    raise UserError(f'{target} exists: delete it, or {how}.')
 if not target.parent.is_dir():
     raise UserError(f'There is no folder {target.parent} to write to: make it first.')
 name = Path(out_dir if init_from == 'resume' else init_from).name
-card = read_card(folder)
-if push is not None:  # better now than when all is written
+card = Path(folder, CARD).read_bytes() if Path(folder, CARD).is_file() else None
+hub = None
+if push is not None:
     from huggingface_hub import HfApi
 
-    with upload_explained(f'Making {push} on the Hugging Face Hub'):
-        HfApi().create_repo(push, exist_ok=True)
+    hub = HfApi()
+    with explain_hub('Speaking to the Hugging Face Hub'):  # better now than when all is written
+        hub.whoami()
 # Written under another name, and flushed, so that it is complete or absent.
 raise_on_signals()
 temporary = Path(tempfile.mkdtemp(prefix='.export-', dir=target.parent))
 try:
-    write = write_gguf if format == 'gguf' else write_folder
-    write(model, tokenizer, name, dtype, temporary / target.name)
     written = temporary / target.name
+    if format == 'gguf':
+        write_gguf(model, tokenizer, name, dtype, written)
+    else:
+        write_folder(model, tokenizer, dtype, written)
     for path in (*written.glob('*'), written):
         flush(path)
     os.replace(written, target)
@@ -400,6 +417,9 @@ size = sum(file.stat().st_size for file in files) / 1e6
 print(f'{folder} -> {target}, {size:,.1f} MB in {dtype}')
 print(f'{model.count_parameters():,} parameters, {tokenizer.n_vocab:,} tokens ({tokenizer.kind})')
 if format == 'gguf':
-    print(f'llama-completion -m {shlex.quote(str(target))} -no-cnv -n 100 -p "Once"')
+    n = model.config.block_size
+    if context_length(model.config) > n:
+        print(f'Note: after {n:,} tokens llama.cpp goes on, with the last position: do not.')
+    print(f'llama-completion -m {shlex.quote(str(target))} -no-cnv -n {min(100, n // 2)} -p "Once"')
 if push is not None:
-    upload(target)
+    upload(hub, target)

@@ -340,8 +340,8 @@ def save_checkpoint(val_loss, must_succeed=False, weights_only=False):
     if not is_main:
         return ''
     meta = {
-        'format': 1, 'step': progress.step, 'val_loss': val_loss, 'config': run_config,
-        'data': data.fingerprint(), 'text': data.facts(), 'torch': torch.__version__,
+        'format': 1, 'torch': torch.__version__, 'step': progress.step, 'tokens': tokens_seen(),
+        'val_loss': val_loss, 'config': run_config, 'data': data.fingerprint(), 'text': data.card(),
     }  # fmt: skip
     state = None
     if not weights_only:

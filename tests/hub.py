@@ -161,7 +161,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if self.server.is_failing():
                 raise Refusal(503, None, 'Try again')
-            if path in ('/api/repos/create', '/api/validate-yaml'):
+            if path in ('/api/repos/create', '/api/validate-yaml', '/api/whoami-v2'):
                 self.answer_author(path)
             elif lfs:
                 self.answer_lfs(*lfs.groups())
@@ -192,12 +192,21 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(403, None, f'You may not write to {name}')
 
     def answer_author(self, path):
-        """Make a repository, or check the head of a model card."""
+        """Say who asks, check the head of a model card, or make a repository."""
+        if path == '/api/whoami-v2':
+            self.check_author(None)
+            self.send(200, {'name': 'me', 'type': 'user', 'orgs': []})
+            return
         values = json.loads(self.body)
         if path == '/api/validate-yaml':
-            head = values['content'].split('---\n')[1]
-            errors = [] if isinstance(yaml.safe_load(head), dict) else [{'message': 'no head'}]
-            self.send(400 if errors else 200, {'errors': errors, 'warnings': []})
+            head = re.match(r'---\n(.*?)\n---\n', values['content'], re.DOTALL)
+            warnings = [] if head else [{'message': 'empty or missing yaml metadata'}]
+            errors = []
+            try:
+                yaml.safe_load(head[1] if head else '')
+            except yaml.YAMLError as error:
+                errors = [{'message': str(error)}]
+            self.send(400 if errors else 200, {'errors': errors, 'warnings': warnings})
             return
         name = f'{values["organization"]}/{values["name"]}'
         self.check_author(name)

@@ -5,15 +5,13 @@ import json
 import re
 
 import pytest
-import torch
-from conftest import ROOT, train
+from conftest import train
 from huggingface_hub import ModelCard
 
 import card
 import tokenizer as tokenizers
 from model import GPT, GPTConfig
 
-HACKED = ROOT / 'tests' / 'hacks'
 SHA = re.compile(r'\b[0-9a-f]{64}\b')
 
 
@@ -24,8 +22,8 @@ def trained(run, sheep, tmp_path):
 
 
 def read_code(text):
-    """The code blocks of a card: [(language, code), ...]."""
-    return re.findall(r'```(\w+)\n(.*?)```', text, re.DOTALL)
+    """The code blocks of a card: for transformers, for shells, its recipe."""
+    return re.findall(r'```\w+\n(.*?)```', text, re.DOTALL)
 
 
 def test_the_hub_parses_a_card_and_shows_what_it_says(trained):
@@ -50,14 +48,21 @@ def test_its_figures_are_those_of_the_run(trained):
     assert f'| {meta["train"]["tokens"]:,} | {meta["val"]["tokens"]:,} |' in text
     model = GPT.from_pretrained(trained)
     assert f'{model.count_parameters():,} parameters' in text
-    config = json.loads((trained / 'meta.json').read_text())['config']
-    factors = (config[name] for name in ('batch_size', 'gradient_accumulation_steps', 'block_size'))
-    n_tokens = 4 * torch.tensor([*factors]).prod()
-    assert f'4 steps, {n_tokens:,} tokens' in text
+    assert f'4 steps, {log[-1]["final"]["tokens"]:,} tokens' in text
+
+
+def test_tokens_are_counted_over_changes_of_the_batch(run, trained):
+    more = ['--init_from=resume', '--weight_decay=0.25', '--eval_interval=2']
+    train(run, *more, '--batch_size=1', '--max_iters=6')
+    train(run, *more, '--batch_size=3', '--max_iters=8')
+    log = (trained.parent / 'log.jsonl').read_text().splitlines()
+    n_tokens = json.loads(log[-1])['final']['tokens']
+    text = (trained.parent / 'step_00000008' / 'README.md').read_text()
+    assert f'8 steps, {n_tokens:,} tokens' in text
 
 
 def test_its_recipe_is_what_was_changed_and_repeats_the_run(run, trained):
-    (recipe,) = [code for kind, code in read_code((trained / 'README.md').read_text())[2:]]
+    recipe = read_code((trained / 'README.md').read_text())[2]
     changed = dict(line.split(' = ') for line in recipe.splitlines())
     changed = {name: ast.literal_eval(value) for name, value in changed.items()}
     assert changed['weight_decay'] == 0.25 and changed['max_iters'] == 4
@@ -71,7 +76,7 @@ def test_its_recipe_is_what_was_changed_and_repeats_the_run(run, trained):
 
 
 def test_its_code_for_transformers_runs_as_it_stands(trained, monkeypatch, capsys):
-    (code,) = [code for kind, code in read_code((trained / 'README.md').read_text())[:1]]
+    code = read_code((trained / 'README.md').read_text())[0]
     monkeypatch.chdir(trained)
     exec(code, {})
     assert capsys.readouterr().out.startswith('Once')
@@ -92,13 +97,17 @@ def test_a_card_may_be_edited(run, trained):
         ('gpt2', 'from gpt2', ['openai-community/gpt2']),
         ('HuggingFaceTB/SmolLM2-135M', 'from HuggingFaceTB/SmolLM2-135M', None),
         ('org/name@v1', 'from org/name@v1', ['org/name']),
-        ('/home/somebody/secret/step_00000600', 'from step_00000600', []),
-        ('here', 'from here', []),
+        ('/home/somebody/plays/step_00000600', 'from plays/step_00000600', []),
+        ('plays/step_00000600', 'from plays/step_00000600', []),
+        ('plays/here', 'from plays/here', []),
+        ('plays', 'from test/plays', []),
+        ('.', 'from pytest/test', []),
     ],
 )
 def test_it_says_what_a_model_was_made_from(tmp_path, monkeypatch, init_from, origin, bases):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / 'here').mkdir()
+    folder = tmp_path / 'pytest' / 'test'
+    (folder / 'plays' / 'here').mkdir(parents=True)
+    monkeypatch.chdir(folder)
     said, names = card.describe_origin(init_from)
     assert said == origin
     assert names == ([init_from] if bases is None else bases)
@@ -109,8 +118,7 @@ def write(folder, text, **config):
     vocabulary = tokenizers.build('byte')
     shape = {'block_size': 8, 'n_layer': 1, 'n_head': 1, 'n_embd': 8}
     model = GPT(GPTConfig(vocab_size=vocabulary.n_vocab, **shape))
-    knobs = {'init_from': 'scratch', 'batch_size': 1, 'gradient_accumulation_steps': 1, **config}
-    meta = {'step': 10, 'config': {'block_size': 8, **knobs}, 'text': text}
+    meta = {'step': 10, 'tokens': 99, 'config': {'init_from': 'scratch', **config}, 'text': text}
     card.write_card(folder, folder, model, vocabulary, meta)
     return ModelCard.load(folder / 'README.md')
 
@@ -126,8 +134,8 @@ def test_texts_of_the_hub_are_named_in_its_head(tmp_path):
     parsed = write(tmp_path, [stories, files, facts('old', [])], init_from='org/model')
     assert parsed.data.datasets == ['roneneldan/TinyStories']
     assert parsed.data.base_model == ['org/model']
-    assert '| stories | roneneldan/TinyStories | 75% | 12,345 |' in parsed.text
-    assert r'| files | a.txt, b\|c.txt, c.txt and 2 more | 25% |' in parsed.text
+    assert '| stories | roneneldan/TinyStories | 75.0% | 12,345 |' in parsed.text
+    assert r'| files | a.txt, b\|c.txt, c.txt and 2 more | 25.0% |' in parsed.text
     assert 'somebody' not in parsed.text, 'a path of the machine'
 
 
@@ -135,6 +143,19 @@ def test_a_long_run_has_ten_losses_with_the_last(tmp_path):
     rows = [{'step': step, 'val_loss': 9.0, 'bits_per_byte': 1.0} for step in range(41)]
     written = card.list_losses([*rows, {'step': 40, 'final': {}}], last_step=37)
     assert len(written) <= 10 and written[-1].startswith('| 37 |')
+
+
+def test_what_is_no_evaluation_costs_no_card():
+    records = [{'step': 1, 'val_loss': 'x', 'bits_per_byte': 1.0}, {'step': 2, 'val_loss': 1.0}]
+    assert card.list_losses(records, 5) == []
+
+
+@pytest.mark.parametrize(
+    ('kind', 'text', 'prompt'),
+    [('byte', '', 'Once'), ('char', 'Once more', 'Once'), ('char', '\nit was', 'a')],
+)
+def test_its_prompt_is_one_that_the_vocabulary_has(kind, text, prompt):
+    assert card.pick_prompt(tokenizers.build(kind, [text])) == prompt
 
 
 def test_a_model_that_transformers_lacks_does_not_claim_it(tmp_path, monkeypatch):

@@ -32,8 +32,6 @@ KNOBS = {
     'eval_only': False,
     'optimizer': 'adamw',
     'learning_rate': 0.1,
-    'batch_size': 1,
-    'gradient_accumulation_steps': 1,
     'dropout': 0.0,
     'arch': 'gpt2',
     'n_layer': 1,
@@ -56,7 +54,7 @@ def save(tmp_path, monkeypatch):
         values = {name: knobs[name] for name in names} | shape
         model = GPT(GPTConfig(vocab_size=64, **values))
         meta = {'step': step, 'val_loss': val_loss, 'config': knobs}
-        meta |= {'data': ['a', 'b'], 'text': []}
+        meta |= {'data': ['a', 'b'], 'text': [], 'tokens': 96}
         state = {'progress': {'step': step}, 'optimizer': {'x': 1}, 'scaler': {}}
         if weights_only:
             state = None

@@ -3,6 +3,9 @@
 import errno
 import json
 import os
+import re
+import subprocess
+import sys
 
 import gguf
 import numpy as np
@@ -10,15 +13,15 @@ import pytest
 import torch
 from conftest import command, same
 from hub import HubServer
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import tokenizer as tokenizers
-from card import LOADED
 from model import GPT, GPTConfig, hf_tensors
 
-SHAPE = {'block_size': 64, 'n_layer': 2, 'n_head': 4, 'n_embd': 64, 'intermediate_size': 96}
+SHAPE = {'block_size': 256, 'n_layer': 2, 'n_head': 4, 'n_embd': 64, 'intermediate_size': 96}
 SHAPES = {
     'gpt2': {}, 'gpt2, no biases': {'bias': False}, 'llama': {'n_kv_head': 2, 'tie_weights': False},
     'qwen2': {'n_kv_head': 2}, 'qwen3': {'n_kv_head': 1, 'head_dim': 32, 'rope_theta': 5e5},
@@ -92,7 +95,7 @@ def test_each_number_of_a_model_is_in_the_file_once(run, tmp_path, name):
     assert np.array_equal(stored, ours.numpy())
     arch = name.partition(',')[0]
     assert keys['general.architecture'] == arch and keys['general.name'] == 'here'
-    assert keys[f'{arch}.context_length'] == 64 and keys[f'{arch}.block_count'] == 2
+    assert keys[f'{arch}.context_length'] == 256 and keys[f'{arch}.block_count'] == 2
 
 
 ROUNDING = {'bfloat16': 4e-3, 'float16': 5e-4, 'q8_0': 8e-3}  # relative errors
@@ -279,6 +282,17 @@ def test_what_llama_cpp_would_read_otherwise_is_refused(run, tmp_path, change, s
     assert [path.name for path in tmp_path.iterdir()] == ['here']
 
 
+def test_learned_positions_go_on_to_where_llama_cpp_looks(run, tmp_path):
+    model = make_folder(tmp_path / 'here', 'gpt2', block_size=300)
+    result = export(run, '--dtype=float32', '--to=x.gguf')
+    assert 'after 300 tokens' in result.out
+    tensors, keys = read('x.gguf')
+    positions = tensors['position_embd.weight']
+    assert keys['gpt2.context_length'] == len(positions) == 512
+    assert np.array_equal(positions[:300], model.wpe.weight.detach())
+    assert (positions[300:] == positions[299]).all()
+
+
 def test_scaled_positions_of_others_than_llamas_are_refused(run, tmp_path):
     make_folder(tmp_path / 'here', 'qwen3', rope_scaling=SCALED)
     result = export(run, '--to=x.gguf', code=1)
@@ -334,44 +348,76 @@ def push(hub, folder, *args, code=0, **variables):
     return result
 
 
-@pytest.mark.parametrize('form', ['folder', 'gguf'])
-def test_a_model_is_uploaded_with_its_card(hub, tmp_path, form):
-    make_folder(tmp_path / 'here')
-    card = f'---\ntags:\n- flatgpt\n---\n\n{LOADED.format(".")}  # öde\n'
-    (tmp_path / 'here' / 'README.md').write_text(card, encoding='utf-8')
-    flags = [f'--format={form}', '--dtype=float32', '--to=sheep.gguf']
+def train_sheep(run):
+    flags = ['--dataset=sheep', '--n_layer=1', '--n_head=1', '--n_embd=16', '--block_size=16']
+    trained = run('train.py', *flags, '--max_iters=2', '--eval_interval=2', '--device=cpu')
+    assert trained.code == 0, trained.err
+
+
+def test_a_folder_is_uploaded_with_its_card(run, sheep, hub, tmp_path):
+    train_sheep(run)
+    flags = ['--init_from=resume', '--format=folder', '--dtype=float32', '--to=here']
     result = push(hub, tmp_path, *flags, HF_TOKEN='hf_token')
-    assert 'me/sheep on the Hugging Face Hub' in result.stdout
+    assert 'me/sheep on the Hugging Face Hub: README.md, config.json' in result.stdout
     _, files = hub.branches('models', 'me/sheep')['main']
-    files.pop('.gitattributes')
-    assert files.pop('README.md').decode() == card.replace("'.'", "'me/sheep'")
-    written = tmp_path / 'sheep.gguf'
-    if form == 'gguf':
-        assert files == {'sheep.gguf': written.read_bytes()}
-        return
-    files['README.md'] = card.replace("'.'", "'me/sheep'").encode()
-    assert files == {path.name: path.read_bytes() for path in written.iterdir()}
-    client = hub.environment(tmp_path / 'cache')
-    flags = ['--max_new_tokens=3', '--device=cpu']
-    sampled = command('sample.py', '--init_from=me/sheep', *flags, cwd=tmp_path, env=client)
-    assert sampled.returncode == 0, sampled.stderr
+    assert b'lfs' in files.pop('.gitattributes')
+    card = files['README.md'].decode()
+    written = {path.name: path.read_bytes() for path in (tmp_path / 'here').iterdir()}
+    assert card == written['README.md'].decode().replace("name = '.'", "name = 'me/sheep'")
+    assert files == written | {'README.md': card.encode()}
+    # From there it is read by name, as its card says.
+    code = re.search(r'```python\n(.*?)```', card, re.DOTALL)[1]
+    environment = hub.environment(tmp_path / 'cache', OMP_NUM_THREADS='1')
+    environment.pop('USE_TORCH')
+    line = [sys.executable, '-c', code]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith('Once'), done.stderr
 
 
-def test_a_second_upload_replaces_the_first(hub, tmp_path):
+def test_a_file_is_uploaded_with_a_card_for_it(run, sheep, hub, tmp_path):
+    train_sheep(run)
+    push(hub, tmp_path, '--init_from=resume', '--to=sheep.gguf', HF_TOKEN='hf_token')
+    _, files = hub.branches('models', 'me/sheep')['main']
+    assert files['sheep.gguf'] == (tmp_path / 'sheep.gguf').read_bytes()
+    card = ModelCard(files['README.md'].decode())
+    assert card.data.library_name == 'gguf'
+    assert 'llama-completion -m sheep.gguf' in card.text
+    assert 'AutoModel' not in card.text and 'FOLDER' not in card.text and '## Data' in card.text
+
+
+def test_a_card_that_is_no_text_is_copied_as_it_is(run, tmp_path):
     make_folder(tmp_path / 'here')
-    push(hub, tmp_path, '--to=a.gguf', HF_TOKEN='hf_token')
-    push(hub, tmp_path, '--to=b.gguf', HF_TOKEN='hf_token')
+    (tmp_path / 'here' / 'README.md').write_bytes(b'caf\xe9')
+    export(run, '--format=folder', '--dtype=float32', '--to=a')
+    assert (tmp_path / 'a' / 'README.md').read_bytes() == b'caf\xe9'
+
+
+def test_a_card_of_ones_own_stays(hub, tmp_path):
+    make_folder(tmp_path / 'here')
+    edited = b'# My model\r\n'
+    (tmp_path / 'here' / 'README.md').write_bytes(edited)
+    push(hub, tmp_path, '--format=folder', '--dtype=float32', '--to=a', HF_TOKEN='hf_token')
+    assert (tmp_path / 'a' / 'README.md').read_bytes() == edited
+    (tmp_path / 'here' / 'README.md').write_text('# Another\n')
+    result = push(hub, tmp_path, '--to=b.gguf', HF_TOKEN='hf_token')
+    assert 'README.md, which stays as it is' in result.stdout
     _, files = hub.branches('models', 'me/sheep')['main']
-    assert files.keys() == {'.gitattributes', 'a.gguf', 'b.gguf'}
+    assert files['README.md'] == edited and 'b.gguf' in files and 'config.json' in files
 
 
 def test_who_may_not_write_is_told_before_the_work(hub, tmp_path):
     make_folder(tmp_path / 'here')
+    result = push(hub, tmp_path, '--to=a.gguf', code=1)
+    assert result.stderr.count('\n') == 1 and 'hf auth login' in result.stderr
+    assert not (tmp_path / 'a.gguf').exists()
+
+
+def test_who_may_not_write_there_has_the_file(hub, tmp_path):
+    make_folder(tmp_path / 'here')
     hub.gated.add('me/sheep')
-    for variables in ({}, {'HF_TOKEN': 'hf_token'}):
-        result = push(hub, tmp_path, '--to=a.gguf', code=1, **variables)
-        assert result.stderr.count('\n') == 1 and 'hf auth login' in result.stderr
-        assert not (tmp_path / 'a.gguf').exists()
+    result = push(hub, tmp_path, '--to=a.gguf', code=1, HF_TOKEN='hf_token')
+    assert result.stderr.count('\n') == 1 and 'hf auth login' in result.stderr
+    assert (tmp_path / 'a.gguf').exists()
 
 
 def test_an_upload_that_fails_leaves_the_file_and_says_how(hub, tmp_path):
