@@ -67,7 +67,7 @@ def pick_batch(n_fresh):
 
 def pick_dropout(n_epochs):
     """Return dropout: 0.1 where a text is repeated so often that weight decay is not enough."""
-    return 0.0 if n_epochs <= 12 else 0.1
+    return 0.0 if n_epochs <= 8 else 0.1
 
 
 def pick_weight_decay(n_steps, steps_per_epoch):
