@@ -28,6 +28,7 @@ LADDER = (  # layers and width
     (8, 512), (10, 640), (12, 768), (16, 1024), (20, 1280), (24, 1536), (32, 2048),
 )  # fmt: skip
 MOST_EPOCHS = 20.0  # more overfit
+WITHOUT_DROPOUT = 8.0  # epochs; more overfit
 BYTES = 16  # of a parameter: weight, gradient and two moments. Other things have as much memory
 MOST_OF_MEMORY = 0.8  # of a GPU, by the plan
 # What a resumed run keeps.
@@ -67,7 +68,7 @@ def pick_batch(n_fresh):
 
 def pick_dropout(n_epochs):
     """Return dropout: 0.1 where a text is repeated so often that weight decay is not enough."""
-    return 0.0 if n_epochs <= 8 else 0.1
+    return 0.0 if n_epochs <= WITHOUT_DROPOUT else 0.1
 
 
 def pick_weight_decay(n_steps, steps_per_epoch):
@@ -173,6 +174,8 @@ def choose(config):
     config = config | {'plan_gpu': gpu, 'plan_gpus': n_devices, 'max_epochs': n_epochs}
     recipe, n_tokens = climb(plan.with_dtype(config), data, n_unique)
     forget_peak_memory()  # of the models that were timed
+    if recipe['dropout'] == 0.0:  # its steps may be faster than they were when timed
+        n_epochs = min(n_epochs, WITHOUT_DROPOUT)
     epochs = f'at most {n_epochs:g} epochs'
     say('        taken {n_layer} x {n_embd}, dropout {dropout}, '.format(**recipe) + epochs)
     n_val = sum(len(each.val) for each in data.datasets)
