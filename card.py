@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import re
+import shlex
 from pathlib import Path
 
 import configurator
@@ -119,9 +120,15 @@ def pick_prompt(tokenizer):
 
 
 def for_gguf(text, name):
-    """Return a card for a repository that has nothing but a GGUF file of this name."""
+    """Return a card for a repository that has nothing but a GGUF file of this name.
+
+    Of how it is used only the command of llama.cpp stays.
+    """
     text = text.replace('library_name: transformers', 'library_name: gguf')
-    use = f'## Use\n\n```sh\nllama-completion -m {name} -no-cnv -n 100 -p "Once"\n```\n\n'
+    command = re.search(r'llama-completion -m model\.gguf.*', text)
+    if command is None:  # the card was edited
+        return text
+    use = f'## Use\n\n```sh\n{command[0].replace("model.gguf", shlex.quote(name))}\n```\n\n'
     return re.sub(r'## Use\n.*?(?=## Data\n)', lambda match: use, text, flags=re.DOTALL)
 
 

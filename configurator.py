@@ -44,8 +44,6 @@ OTHER_NAMES = {
 }  # fmt: skip
 # They are no config files, whatever they hold.
 OTHER_FORMATS = '.txt .md .json .jsonl .csv .parquet .yaml .yml .toml .ini .cfg .ipynb'
-
-
 defaults = {}  # {knob: its value in the script that was configured}
 
 

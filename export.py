@@ -61,6 +61,8 @@ SPLITS = {
     (rf'{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{AFTER_DIGITS}',): 'llama-bpe',
 }
 CARD = 'README.md'
+NO_END = 'The vocabulary has no end of text, which llama.cpp needs: prepare a text of several '
+NO_END += 'documents, or with another --tokenizer.'
 # Types of tokens, by GGUF's specification.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 # How a tokenizer.json writes SentencePiece's spaces: one before a text, and all as U+2581.
@@ -103,7 +105,8 @@ def find_split(contents):
 
 def find_space(contents):
     """Return whether SentencePiece puts a space before a text. None: it is not SentencePiece's."""
-    if not contents['model'].get('byte_fallback'):
+    model = contents['model']
+    if model.get('type') != 'BPE' or not model.get('byte_fallback'):
         return None
     normalizer = contents.get('normalizer') or {'normalizers': []}
     normalizers = normalizer.get('normalizers', [normalizer])
@@ -166,8 +169,7 @@ def add_endless_characters(writer, tokenizer):
     """
     characters = [tokenizer.decode([id]) for id in range(tokenizer.n_vocab)]
     if not all(map(str.isascii, characters)):
-        how = 'prepare a text of several documents, or with another --tokenizer'
-        raise UserError(f'The vocabulary has no end of text, which llama.cpp needs: {how}.')
+        raise UserError(NO_END)
     writer.add_tokenizer_model('rwkv')
     writer.add_token_list([rf'\x{ord(character):02x}' for character in characters])
     writer.add_token_types([NORMAL] * len(characters))
@@ -200,8 +202,7 @@ def add_vocabulary(writer, model, tokenizer):
     others = [id for id in ends if id != special['eos']]
     if 'eos' not in special:
         # llama.cpp would take the token with id 11 for it.
-        how = 'prepare a text of several documents, or with another --tokenizer'
-        raise UserError(f'The vocabulary has no end of text, which llama.cpp needs: {how}.')
+        raise UserError(NO_END)
     bos = special.get('bos')
     if tokenizer.prefix not in ([], [bos]) or len(others) > 2:
         raise UserError('llama.cpp cannot begin or end a text as this model does: not exported.')
@@ -345,21 +346,24 @@ def write_folder(model, tokenizer, dtype, path):
 @contextlib.contextmanager
 def explain_hub(doing, advice=''):
     """Turn what goes wrong in speaking to the Hub into UserError."""
+    from huggingface_hub.errors import LocalTokenNotFoundError
+
     logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # our sentence says it all
     try:
         yield
     except Exception as error:  # whatever the network makes it raise
         status = getattr(getattr(error, 'response', None), 'status_code', None)
         reason = ' '.join(str(error).split())[:200].rstrip('.')
-        if status in (401, 403) or 'token' in reason.lower():
+        if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
             reason = 'log in as one who may write there, with: hf auth login'
         raise UserError(f'{doing} failed: {reason}{advice}') from None
 
 
-def upload(hub, target):
+def upload(target):
     """Upload a file, or the files of a folder, in one commit, with a card unless there is one."""
-    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub import CommitOperationAdd, HfApi
 
+    hub = HfApi()
     files = {path.name: path for path in (target.iterdir() if target.is_dir() else [target])}
     where = shlex.quote(str(target))
     with explain_hub(f'Uploading to {push}', f'. To try again: hf upload {push} {where}'):
@@ -390,13 +394,11 @@ if not target.parent.is_dir():
     raise UserError(f'There is no folder {target.parent} to write to: make it first.')
 name = Path(out_dir if init_from == 'resume' else init_from).name
 card = Path(folder, CARD).read_bytes() if Path(folder, CARD).is_file() else None
-hub = None
 if push is not None:
     from huggingface_hub import HfApi
 
-    hub = HfApi()
     with explain_hub('Speaking to the Hugging Face Hub'):  # better now than when all is written
-        hub.whoami()
+        HfApi().whoami()
 # Written under another name, and flushed, so that it is complete or absent.
 raise_on_signals()
 temporary = Path(tempfile.mkdtemp(prefix='.export-', dir=target.parent))
@@ -419,7 +421,7 @@ print(f'{model.count_parameters():,} parameters, {tokenizer.n_vocab:,} tokens ({
 if format == 'gguf':
     n = model.config.block_size
     if context_length(model.config) > n:
-        print(f'Note: after {n:,} tokens llama.cpp goes on, with the last position: do not.')
+        print(f'Note: after {n:,} tokens llama.cpp writes nonsense: keep texts shorter.')
     print(f'llama-completion -m {shlex.quote(str(target))} -no-cnv -n {min(100, n // 2)} -p "Once"')
 if push is not None:
-    upload(hub, target)
+    upload(target)

@@ -209,6 +209,17 @@ def test_sentencepiece_has_its_ids(run, tmp_path, spaces):
             assert theirs.encode(text, add_special_tokens=False) == ids, text
 
 
+def test_a_unigram_is_refused(run, tmp_path):
+    make_sentencepiece(tmp_path / 'here', 'newer')
+    pieces = [(f'<0x{byte:02X}>', 0.0) for byte in range(256)] + [('▁', 0.0), ('a', 0.0)]
+    hf = Tokenizer(models.Unigram(pieces, 0, byte_fallback=True))
+    hf.pre_tokenizer = SPACES['newer'][1]
+    hf.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()])
+    hf.save(str(tmp_path / 'here' / 'tokenizer.json'))
+    result = export(run, '--to=x.gguf', code=1)
+    assert result.is_one_sentence and 'Only vocabularies of BPE' in result.err
+
+
 def test_another_sentencepiece_is_refused(run, tmp_path):
     make_sentencepiece(tmp_path / 'here', 'Llama 2')
     edit(tmp_path / 'here' / 'tokenizer.json', lambda c: c['normalizer']['normalizers'].pop(1))
@@ -381,7 +392,7 @@ def test_a_file_is_uploaded_with_a_card_for_it(run, sheep, hub, tmp_path):
     assert files['sheep.gguf'] == (tmp_path / 'sheep.gguf').read_bytes()
     card = ModelCard(files['README.md'].decode())
     assert card.data.library_name == 'gguf'
-    assert 'llama-completion -m sheep.gguf' in card.text
+    assert 'llama-completion -m sheep.gguf -no-cnv -n 8 -p "Once"' in card.text, 'half a context'
     assert 'AutoModel' not in card.text and 'FOLDER' not in card.text and '## Data' in card.text
 
 
