@@ -4,6 +4,13 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
+# uv, where there is one, chooses PyTorch's build by the machine, and takes seconds. Else, or where
+# it cannot reach PyTorch's own index, pip takes minutes.
+define install
+	@{ command -v uv >/dev/null && uv pip install --python $(PY) --torch-backend=auto -r $(1); } || \
+		$(PY) -m pip install --disable-pip-version-check -r $(1)
+endef
+
 .PHONY: demo test lint
 .DELETE_ON_ERROR:
 
@@ -23,9 +30,9 @@ data/shakespeare/train.bin: | .venv/installed
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit("flatgpt needs Python 3.11 or newer: make demo PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --disable-pip-version-check -r requirements.txt
+	$(call install,requirements.txt)
 	@touch $@
 
 .venv/installed-dev: .venv/installed requirements-dev.txt
-	$(PY) -m pip install --disable-pip-version-check -r requirements-dev.txt
+	$(call install,requirements-dev.txt)
 	@touch $@

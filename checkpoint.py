@@ -102,7 +102,7 @@ def save(out_dir, model, tokenizer, meta, state=None, keep_last=1):
     path = Path(out_dir) / f'{kind}_{meta["step"]:08d}'
     temporary = path.with_name(f'.{path.name}.tmp')
     for leftover in path.parent.glob('.[sw]*_*.tmp'):  # of a process that was killed
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         write_files(temporary, model, tokenizer, meta, state)
     except BaseException as error:
@@ -200,7 +200,7 @@ def lock_folder(out_dir):
     for replaced in out_dir.glob('.[sw]*_*.old'):
         path = replaced.with_name(replaced.name.removeprefix('.').removesuffix('.old'))
         if path.exists():  # the new one had got its name already
-            shutil.rmtree(replaced)
+            shutil.rmtree(replaced, ignore_errors=True)
         else:
             replaced.rename(path)
 

@@ -91,8 +91,9 @@ class GPTConfig:
         sizes = ['vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd']
         for name in [*sizes, 'n_kv_head', 'head_dim', 'intermediate_size']:
             value = getattr(self, name)
-            if value is not None and not 1 <= value <= 2**24:
-                raise UserError(f'{name}={value} must be from 1 to {2**24:,}.')
+            most = 10_000 if name == 'n_layer' else 2**24  # each layer takes a while to be made
+            if value is not None and not 1 <= value <= most:
+                raise UserError(f'{name}={value} must be from 1 to {most:,}.')
         if not 0 <= self.dropout < 1:
             raise UserError(f'dropout={self.dropout} must be at least 0 and below 1.')
         if self.head_dim is None and self.n_embd % self.n_head:
@@ -101,8 +102,7 @@ class GPTConfig:
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
-            multiple = f'a multiple of n_kv_head={self.n_kv_head}'
-            raise UserError(f'n_head={self.n_head} must be {multiple}.')
+            raise UserError(f'n_head={self.n_head} is no multiple of n_kv_head={self.n_kv_head}.')
 
         if self.arch == 'gpt2':
             width = self.n_head * self.head_dim

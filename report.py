@@ -329,7 +329,7 @@ def _read_lines(path):
     """Yield the lines of a log with their records, (text, dict), except those cut short."""
     with open(path, encoding='utf-8', errors='replace') as lines:
         for line in lines:
-            with contextlib.suppress(ValueError):  # cut short
+            with contextlib.suppress(ValueError, RecursionError):  # cut short, or nonsense
                 record = json.loads(line)
                 if isinstance(record, dict) and isinstance(record.get('step'), int):
                     yield line, record

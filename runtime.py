@@ -464,7 +464,7 @@ def lock_file(path, message):
     """Lock a file for as long as this process lives. Raises UserError if another one has it."""
     if fcntl is None:
         return
-    lock = open(path, 'w')  # noqa: SIM115
+    lock = open(path, 'a')  # noqa: SIM115 (a stranger's link there loses nothing)
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

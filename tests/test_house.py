@@ -19,7 +19,7 @@ FORMATS_BANNER = '# weights in and out: folders'  # the begin of the line
 ROOMS = {name: source for name, source in PRODUCT.items() if name != 'model'}
 ROOMS['model'], rest = PRODUCT['model'].split(FORMATS_BANNER)
 ROOMS['model, file formats'] = '#' + rest
-DOCUMENTS = ('README.md', 'BENCHMARKS.md', 'CONTRIBUTING.md')
+DOCUMENTS = ('README.md', 'BENCHMARKS.md', 'CONTRIBUTING.md', 'SECURITY.md')
 
 MOST_LINES = 6850  # of code, in all product files together
 MOST_LINES_OF_A_FILE = 450
