@@ -6,10 +6,10 @@
 # The whole model is trained; with --freeze=20 only the upper ten of its thirty blocks are. Windows
 # of 256 tokens are enough for a style; the model keeps its context of 8,192.
 #
-# 2 x 2 x 256 = 1,024 tokens per step; 50 steps = 51,200 tokens. On two cores they take 5 minutes,
-# and 4.0 GiB: SmolLM2-135M-Instruct with weights of 4 bits, the one this was measured with, goes
-# from 1.722 to 1.547 bits per byte. With --freeze=20 to 1.625 in 3 minutes and 2.2 GiB; a model
-# from scratch is at 2.018 after 6 minutes (BENCHMARKS.md).
+# 2 x 2 x 256 = 1,024 tokens per step; 50 steps = 51,200 tokens. On two cores with AMX they take
+# 2m51s and 4.9 GiB: SmolLM2-135M-Instruct with weights of 4 bits, the one this was measured with,
+# goes from 1.722 to 1.548 bits per byte. With --freeze=20 to 1.626 in 1m10s and 2.5 GiB
+# (BENCHMARKS.md).
 
 init_from = 'HuggingFaceTB/SmolLM2-135M'
 out_dir = 'out-smollm2'
