@@ -113,6 +113,7 @@ def compare_recipes(candidates):
     compare.check_scipy()
     runs = {name: [] for name in candidates}  # {name: the evaluations of each seed}
     turns = list(itertools.product(range(1, seeds + 1), candidates))
+    print(f'{len(turns)} runs, one after the other', flush=True)
     for seed, name in runtime.show_progress(turns, 'training'):
         path, flags = candidates[name]
         evals = train_evals(path, seed, *flags)
@@ -126,7 +127,8 @@ def compare_recipes(candidates):
         print(f'{name:{width}}{row["loss"]:>9.4f}{spread:>8}{row["bits"]:>15.4f}', end='')
         print(f'{row["steps"]:>8,}{row["seconds"]:>9.1f}')
     first, *others = runs
-    print(f'\nmeans of {seeds} seeds; +- is their standard deviation')
+    spread = '+- is their standard deviation' if seeds > 1 else 'nothing can be claimed from one'
+    print(f'\nmeans of {seeds} seeds; {spread}')
     results = {name: compare.test(runs[first], runs[name]) for name in others}
     for name, result in results.items():
         print(compare.describe(first, name, result))

@@ -34,15 +34,9 @@ It continues texts like those below, and says what they say: nobody has checked 
 
 ## Use
 
+In a folder of flatgpt: `python sample.py --init_from=FOLDER --start="{prompt}"`.
+
 {use}
-In a folder of flatgpt, also to have it in llama.cpp:
-
-```sh
-python sample.py --init_from=FOLDER --start="{prompt}"
-python export.py --init_from=FOLDER --to=model.gguf
-llama-completion -m model.gguf -no-cnv -n {n_new} -p "{prompt}"
-```
-
 ## Data
 
 | dataset | made from | share | tokens | validation tokens | SHA-256 of the tokens |
@@ -71,6 +65,11 @@ model = AutoModelForCausalLM.from_pretrained(name)
 tokenizer = AutoTokenizer.from_pretrained(name)
 ids = tokenizer('{prompt}', return_tensors='pt').input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens={n_new}, do_sample=True)[0]))
+```
+
+```sh
+python export.py --init_from=FOLDER --to=model.gguf
+llama-completion -m model.gguf -no-cnv -n {n_new} -p "{prompt}"
 ```
 """
 

@@ -102,7 +102,7 @@ def save(out_dir, model, tokenizer, meta, state=None, keep_last=1):
     path = Path(out_dir) / f'{kind}_{meta["step"]:08d}'
     temporary = path.with_name(f'.{path.name}.tmp')
     for leftover in path.parent.glob('.[sw]*_*.tmp'):  # of a process that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
+        delete(leftover)
     try:
         write_files(temporary, model, tokenizer, meta, state)
     except BaseException as error:
@@ -151,7 +151,7 @@ def publish(temporary, path):
         os.rename(path, replaced)
     os.rename(temporary, path)
     flush(path.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    delete(replaced)
 
 
 def delete_old(out_dir, new, keep_last):
@@ -161,7 +161,14 @@ def delete_old(out_dir, new, keep_last):
     for path in [path for path in found if path not in kept]:
         # Renamed first, so that none is ever there in part. One that stays does no harm.
         with contextlib.suppress(OSError):
-            shutil.rmtree(path.rename(path.with_name(f'.{path.name}.tmp')))
+            delete(path.rename(path.with_name(f'.{path.name}.tmp')))
+
+
+def delete(path):
+    """Delete a folder, if it is there; of a link to one only the link."""
+    if path.is_symlink():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def flush(path):
@@ -200,7 +207,7 @@ def lock_folder(out_dir):
     for replaced in out_dir.glob('.[sw]*_*.old'):
         path = replaced.with_name(replaced.name.removeprefix('.').removesuffix('.old'))
         if path.exists():  # the new one had got its name already
-            shutil.rmtree(replaced, ignore_errors=True)
+            delete(replaced)
         else:
             replaced.rename(path)
 
@@ -240,6 +247,8 @@ def find(out_dir, which, training=False):
     """
     found = checkpoints(out_dir)
     if not found:
+        if os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
+            raise UserError(f"{out_dir} has nanoGPT's ckpt.pt, which is not read: train anew.")
         if os.path.exists(os.path.join(out_dir, 'config.json')):
             raise UserError(f'{out_dir} is a model, not a run: use --init_from={out_dir}')
         how = f'python train.py --out_dir={out_dir}'
@@ -274,7 +283,7 @@ def quarantine_after(path):
     found = checkpoints(path.parent)
     for later in found[found.index(path) + 1 :]:
         damaged = later.with_name(f'damaged_{later.name}')
-        shutil.rmtree(damaged, ignore_errors=True)
+        delete(damaged)
         later.rename(damaged)
 
 

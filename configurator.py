@@ -169,7 +169,8 @@ def _read_flag(arg, knobs, accepted):
         return {name: _parse(text, accepted[name])}
     if bool in accepted[name].kinds:
         return {name: True}
-    raise UserError(f'--{name} needs a value: --{name}={knobs[name]}')
+    example = 'VALUE' if knobs[name] is None else knobs[name]
+    raise UserError(f'--{name} needs a value: --{name}={example}, without a space.')
 
 
 def _unknown(source, name, knobs):

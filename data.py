@@ -15,6 +15,7 @@ A run may have several datasets, each with a share of its windows. Which of them
 position follows from the shares alone, so all of the above is true of a mixture as well.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -137,6 +138,13 @@ class Dataset:
             what = f'{self.folder} has the token {token!r}, which the model {source} lacks'
             raise UserError(f'{what}: take it out of the text, and prepare it again.')
 
+    def pick_prompt(self):
+        """Return a line end or, where no token of the text is one, how the text begins."""
+        with contextlib.suppress(UserError):  # the vocabulary lacks it
+            if np.isin(self.tokenizer.encode('\n'), self.train[: 10**6]).all():
+                return '\n'
+        return self.tokenizer.decode(self.train[:4].tolist())
+
     def fingerprint(self):
         """The checksums of both splits, by which a run recognizes its text when it resumes."""
         return [self.meta[split].get('sha256') for split in SPLITS]
@@ -190,7 +198,7 @@ def import_tokens(folder, command):
         raise UserError(f'{what}: add one, or rename one of several.')
     if 'meta.pkl' in list_folder(folder):
         what = f"{folder} has nanoGPT's meta.pkl, which is not read"
-        raise UserError(f'{what}. Prepare the text again with: {command}')
+        raise UserError(f'{what}. Prepare the text again with: {command} --tokenizer=char')
     headers = {has_header(os.path.join(folder, name)) for name in files['train'] + files['val']}
     if len(headers) == 2:
         raise UserError(f"Only some files of {folder} have llm.c's header: separate them.")
@@ -433,7 +441,7 @@ class Mixture:
         for name, share, each in zip(self.names, self.shares, self.datasets, strict=True):
             splits = {split: each.meta[split] for split in SPLITS}
             row = {'name': name, 'share': float(share), 'source': each.meta.get('source') or []}
-            rows.append(row | splits)
+            rows.append(row | splits | {'prompt': each.pick_prompt()})
         return rows
 
     def fingerprint(self):

@@ -393,7 +393,8 @@ if target.exists():
 if not target.parent.is_dir():
     raise UserError(f'There is no folder {target.parent} to write to: make it first.')
 name = Path(out_dir if init_from == 'resume' else init_from).name
-card = Path(folder, CARD).read_bytes() if Path(folder, CARD).is_file() else None
+card = Path(folder, CARD)
+card = card.read_bytes() if card.is_file() and not card.is_symlink() else None
 if push is not None:
     from huggingface_hub import HfApi
 

@@ -67,10 +67,16 @@ def make_optimizers(
     """The optimizers of a run: AdamW for everything, or with optimizer='muon' Muon for what it can.
 
     Each has its peak learning rate in `defaults['lr']`. dtype, compile: for Muon's products.
+
+    One that you add must keep all that it remembers as tensors in `state[parameter]`, which are
+    saved and, after timed steps, undone; and where its `found_inf`, which train.py sets before each
+    step, is 1.0 it must change nothing, without looking: that would wait for the device.
     """
     groups = parameter_groups(model, weight_decay)
     for_adamw = groups
     for_muon = []
+    if optimizer not in ('adamw', 'muon'):
+        raise ValueError(f'make_optimizers has no {optimizer}')
     if optimizer == 'muon':
         for_adamw = [group for group in groups if 'out_sizes' not in group]
         for_muon = [group for group in groups if 'out_sizes' in group]

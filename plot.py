@@ -26,7 +26,7 @@ folders = out_dir.split(',')
 names = folders
 if labels is not None:
     names = labels.split(',')
-if len(set(names)) != len(folders):
+if len(names) != len(folders) or len(set(names)) != len(folders):
     raise UserError(f'Each of {len(folders)} runs needs a label of its own, not {",".join(names)}.')
 
 path = file

@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import runtime
-from runtime import UserError
+from runtime import UserError, visible
 
 DAY = 24 * 3600  # seconds
 # The horizontal axes of a picture: the field of the log, and the label.
@@ -197,9 +197,7 @@ def check_prompt(tokenizer, prompt, block_size):
 def print_sample(log_path, step, prompt, text):
     """Print and log a sample: the prompt, and the text with which the model continues it."""
     sample = prompt + text
-    # A control character could move the cursor.
-    controls = {ord(c): '\ufffd' for c in sample if not c.isprintable() and c not in '\n\t'}
-    print_line(sample.translate(controls) + '\n' + '-' * 80)
+    print_line(visible(sample) + '\n' + '-' * 80)
     log(log_path, step=step, sample=sample)
 
 
@@ -273,7 +271,9 @@ def print_stopped(out_dir, has_checkpoint):
     how = 'Nothing was to be saved yet.'
     if has_checkpoint:
         config = shlex.quote(os.path.join(out_dir, 'config.py'))
-        how = f'Resume with: python train.py {config} --init_from=resume'
+        n = os.environ.get('LOCAL_WORLD_SIZE')
+        start = f'torchrun --nproc_per_node={n}' if n else 'python'
+        how = f'Resume with: {start} train.py {config} --init_from=resume'
     print_line(how)
 
 
@@ -327,6 +327,8 @@ def log(path, **record):
 
 def _read_lines(path):
     """Yield the lines of a log with their records, (text, dict), except those cut short."""
+    if not os.path.isfile(path):
+        return
     with open(path, encoding='utf-8', errors='replace') as lines:
         for line in lines:
             with contextlib.suppress(ValueError, RecursionError):  # cut short, or nonsense
@@ -337,18 +339,15 @@ def _read_lines(path):
 
 def read_log(folder):
     """Return the records of a run's log.jsonl. Raises UserError where there are none."""
-    path = os.path.join(folder, 'log.jsonl')
-    if not os.path.exists(path):
-        raise UserError(f'There is no {path}: name the out_dir of a run.')
-    records = [record for _, record in _read_lines(path)]
+    records = all_records(os.path.join(folder, 'log.jsonl'))
     if not records:
-        raise UserError(f'{path} has no steps yet.')
+        raise UserError(f'There are no steps in {folder}/log.jsonl: name the out_dir of a run.')
     return records
 
 
 def all_records(path):
     """Return the records of a log; none where it was deleted."""
-    return [record for _, record in _read_lines(path)] if os.path.isfile(path) else []
+    return [record for _, record in _read_lines(path)]
 
 
 def _is_json(value):
@@ -359,10 +358,9 @@ def _is_json(value):
 def last_value(path, name, last_step=math.inf):
     """Return the last value of this name in a log, up to a step; None where there is none."""
     value = None
-    if os.path.isfile(path):
-        for _, record in _read_lines(path):
-            if record['step'] <= last_step:
-                value = record.get(name, value)
+    for record in all_records(path):
+        if record['step'] <= last_step:
+            value = record.get(name, value)
     return value
 
 
@@ -373,11 +371,10 @@ def truncate_log(path, step, last_eval_step):
     saved between the two evaluates again. Lines that were cut short go, and the final record.
     """
     kept = []
-    if os.path.exists(path):
-        for line, record in _read_lines(path):
-            last = last_eval_step if 'val_loss' in record else step
-            if line.endswith('\n') and record['step'] <= last and 'final' not in record:
-                kept.append(line)
+    for line, record in _read_lines(path):
+        last = last_eval_step if 'val_loss' in record else step
+        if line.endswith('\n') and record['step'] <= last and 'final' not in record:
+            kept.append(line)
     replace_file(path, kept)
 
 
@@ -401,9 +398,16 @@ if _run:
 
 def replace_file(path, lines):
     """Write a text file that is never seen half-written."""
-    with open(path + '.tmp', 'w', encoding='utf-8') as file:
+    with open(new_file(path + '.tmp'), 'x', encoding='utf-8') as file:
         file.writelines(lines)
     os.replace(path + '.tmp', path)
+
+
+def new_file(path):
+    """Return a path at which nothing is any more, such as a link that leads elsewhere."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    return path
 
 
 # -----------------------------------------------------------------------------
@@ -559,7 +563,7 @@ def draw(runs, path, x='steps'):
     below.grid(alpha=0.25)
     right.set(ylabel='gradient norm (faint)', ylim=(0, None))
     _format_x(above, below, runs, x)
-    figure.savefig(path + '.tmp', format='png')
+    figure.savefig(new_file(path + '.tmp'), format='png')
     os.replace(path + '.tmp', path)
 
 

@@ -30,6 +30,7 @@ GPUS = {
     'RTX5070': (62, 12), 'RTX5080': (113, 16), 'RTX5090': (210, 32),
     'M1': (2.6, 16), 'M1Max': (10.4, 64), 'M1Ultra': (21, 128), 'M2Ultra': (27, 192),
 }  # fmt: skip
+CONTROLS = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)], '\ufffd')
 GRAPHICS_CARD = '/dev/nvidia0'  # is there where Linux has a driver for one
 
 DEVICES = ('cuda', 'xpu', 'mps', 'cpu')  # AMD's are called cuda as well, Intel's xpu
@@ -110,6 +111,11 @@ def show_progress(items, what, quiet=False):
 
     off = True if quiet else None  # None: where stderr is not a terminal
     return tqdm(items, desc=what, ncols=80, leave=False, disable=off, delay=1)
+
+
+def visible(text):
+    """Replace control characters, which a terminal would obey, by U+FFFD."""
+    return text.translate(CONTROLS)
 
 
 def brief(error):
@@ -464,7 +470,9 @@ def lock_file(path, message):
     """Lock a file for as long as this process lives. Raises UserError if another one has it."""
     if fcntl is None:
         return
-    lock = open(path, 'a')  # noqa: SIM115 (a stranger's link there loses nothing)
+    if os.path.islink(path):  # a stranger's, which may lead anywhere
+        os.unlink(path)
+    lock = open(path, 'w')  # noqa: SIM115
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

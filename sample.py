@@ -7,19 +7,22 @@
     python sample.py --init_from=HuggingFaceTB/SmolLM2-135M-Instruct --chat --interactive
 """
 
-from runtime import UserError, begin_script, can_compile, pick_device, pick_dtype
+from runtime import UserError, begin_script, can_compile, pick_device, pick_dtype, visible
 
 begin_script()  # first, so that Ctrl-C ends the imports as well: they take seconds
 
+import contextlib
 import itertools
 import json
 import sys
 import textwrap
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
 
+from checkpoint import read_meta
 from configurator import check_range, configure
 from inference import fast_cpu_decode, generate_text, load_model, to_column_major
 from tokenizer import find_template, render_chat
@@ -30,7 +33,7 @@ init_from = 'resume'  # 'resume' (a checkpoint in out_dir), 'gpt2', ORG/NAME of 
 out_dir = 'out'  # the run to take a checkpoint from
 checkpoint: Literal['best', 'last'] = 'best'  # which one; the best has the lowest validation loss
 # text
-start = '\n'  # the prompt; FILE:prompt.txt reads it from a file
+start: str | None = None  # the prompt, or FILE:prompt.txt; None: a line end, if its text has them
 interactive = False  # ask for one prompt after the other
 chat = False  # a prompt is a message, which the model answers by its chat template
 num_samples = 3  # samples per prompt, generated as one batch
@@ -61,14 +64,14 @@ check_range(config, 1e-9, 10**9, 'repetition_penalty')
 
 if chat and (compare or format == 'jsonl'):
     raise UserError('chat has one answer to a message, as text: it is without compare and jsonl.')
-if chat and not interactive and not start.strip():
+if chat and not interactive and not (start or '').strip():
     raise UserError('chat needs a message to answer: give it with --start, or use --interactive.')
 
 # -----------------------------------------------------------------------------
 # prompt
 
 prompt = start
-if start.startswith('FILE:'):
+if start and start.startswith('FILE:'):
     path = start.removeprefix('FILE:')
     try:
         with open(path, encoding='utf-8') as file:
@@ -83,6 +86,10 @@ if start.startswith('FILE:'):
 
 device = pick_device(device)
 folder, model, tokenizer = load_model(init_from, out_dir, checkpoint)
+if start is None:
+    prompt = '\n'
+    with contextlib.suppress(UserError, LookupError, TypeError):  # others have no such meta.json
+        prompt = str(read_meta(Path(folder))['text'][0]['prompt'])
 if chat:
     find_template(tokenizer)  # refuses a model that has none
 model.to(device, getattr(torch, pick_dtype(dtype, device))).eval()
@@ -110,7 +117,11 @@ generate = partial(
     generate_text, model, tokenizer,
     max_new_tokens=max_new_tokens, seed=seed, stop=stop_texts, compile=compile,
 )  # fmt: skip
-print_now = partial(print, end='', flush=True)
+
+
+def print_now(text):
+    """Print at once what a model says, but for characters that a terminal would obey."""
+    print(visible(text), end='', flush=True)
 
 
 def print_text(prompt):
@@ -119,7 +130,7 @@ def print_text(prompt):
     samples = generate(prompt, num_samples, stream=print_now, **sampling)
     print(f'\n{RULER}')
     for sample in samples[1:]:
-        print(f'{prompt}{sample.text}\n{RULER}')
+        print_now(f'{prompt}{sample.text}\n{RULER}\n')
 
 
 messages = []  # the conversation so far

@@ -78,7 +78,7 @@ beta1 = 0.9  # AdamW's
 beta2 = 0.95  # AdamW's
 grad_clip = 1.0  # clip the gradient's norm to this; 0.0: do not clip
 # learning rate schedule
-decay_lr = True  # False: constant after the warmup
+decay_lr = True  # False: constant, without a warmup, as in nanoGPT
 warmup_iters = 0  # steps of linear warmup
 schedule: Literal['cosine', 'wsd'] = 'cosine'  # of the decay; wsd: constant, then linear
 cooldown_frac = 0.4  # wsd only: the fraction of the steps after the warmup that decay
@@ -252,10 +252,10 @@ if compiles:
 
 def lr_multiplier(step):
     """Fraction of the peak learning rate: linear warmup, then cosine or WSD decay to min_lr."""
-    if step < warmup_iters:
-        return (step + 1) / (warmup_iters + 1)
     if not decay_lr:
         return 1.0
+    if step < warmup_iters:
+        return (step + 1) / (warmup_iters + 1)
     end = max_iters if lr_decay_iters is None else lr_decay_iters
     done_frac = min(1.0, (step - warmup_iters) / max(1, end - warmup_iters))  # of the decay
     if schedule == 'cosine':

@@ -1,5 +1,5 @@
-# The demo: a small GPT that learns to write plays on a laptop's CPU, in one to two minutes of
-# training. It is what the dial (config/fit.py) chooses for a minute.
+# The demo: a small GPT that learns to write plays on a laptop's CPU, in a minute or two. It is what
+# the dial (config/fit.py) chose for a minute on two cores with AMX.
 #
 #     python prepare.py
 #     python train.py config/train_shakespeare.py

@@ -21,7 +21,7 @@ ROOMS['model'], rest = PRODUCT['model'].split(FORMATS_BANNER)
 ROOMS['model, file formats'] = '#' + rest
 DOCUMENTS = ('README.md', 'BENCHMARKS.md', 'CONTRIBUTING.md', 'SECURITY.md')
 
-MOST_LINES = 6850  # of code, in all product files together
+MOST_LINES = 6900  # of code, in all product files together
 MOST_LINES_OF_A_FILE = 450
 MOST_LINES_OF_A_FUNCTION = 60
 MOST_COLUMNS = 100

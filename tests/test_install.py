@@ -49,8 +49,9 @@ def test_make_installs_with_uv_or_else_with_pip(tmp_path, uv):
 
 def test_a_project_of_uv_has_the_packages_of_the_lists(tmp_path):
     """As setuptools, which uv sync asks, reads them."""
-    for name in ('pyproject.toml', 'requirements.txt', 'requirements-dev.txt'):
-        shutil.copy(ROOT / name, tmp_path)
+    for pattern in ('pyproject.toml', 'requirements*.txt', '*.py'):
+        for path in ROOT.glob(pattern):
+            shutil.copy(path, tmp_path)
     code = 'from setuptools.build_meta import *; print(prepare_metadata_for_build_wheel("."))'
     line = [sys.executable, '-c', code]
     result = subprocess.run(line, cwd=tmp_path, env=os.environ, capture_output=True, text=True)

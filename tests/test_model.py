@@ -687,7 +687,7 @@ def test_a_parameter_that_init_weights_does_not_cover_is_refused():
     ('changes', 'message'),
     [
         ({'n_embd': 65}, 'n_embd=65 must be a multiple of n_head=4'),
-        ({'n_layer': 0}, 'n_layer=0 must be from 1 to 10,000'),
+        ({'n_layer': 0}, 'n_layer=0 must be from 1 to 2,000'),
         ({'n_head': 0}, 'n_head=0 must be from 1'),
         ({'dropout': 1.0}, r'dropout=1.0 must be at least 0 and below 1'),
         ({'arch': 'rnn'}, "arch='rnn' .* gpt2, llama, qwen2, qwen3"),

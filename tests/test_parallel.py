@@ -23,8 +23,7 @@ def start_torchrun(processes, *args, cwd, launcher=('--standalone',)):
     """Start train.py in several processes."""
     line = [sys.executable, '-m', 'torch.distributed.run', *launcher]
     line += [f'--nproc_per_node={processes}', str(ROOT / 'train.py'), *args]
-    # With a shared store, processes that are started again would find the old addresses.
-    environment = os.environ | {'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}
+    environment = dict(os.environ)
     return subprocess.Popen(
         line,
         cwd=cwd,

@@ -157,7 +157,7 @@ def test_the_picture_is_drawn_of_any_run(run, sheep, tmp_path, monkeypatch):
     assert result.code == 0 and result.out == 'both.png\n'
     assert imread(tmp_path / 'both.png').std() > 0.05
     gone = run('plot.py', '--out_dir=gone')
-    assert gone.is_one_sentence and 'There is no gone/log.jsonl' in gone.err
+    assert gone.is_one_sentence and 'There are no steps in gone/log.jsonl' in gone.err
     assert 'must be a .png' in run('plot.py', '--out_dir=a', '--file=x.pdf').err
     (tmp_path / 'a$^$b').mkdir()
     (tmp_path / 'a$^$b' / 'log.jsonl').write_text('5\nnull\n{}\n{"step": 5, "loss": 3.0}\n')

@@ -59,9 +59,9 @@ def test_code_beside_a_model_is_not_executed(run, published, tmp_path):
 
 def test_the_config_of_a_run_is_executed_only_if_it_is_named(run, run_folder, tmp_path):
     (run_folder / 'config.py').write_text("open('exploded', 'w')\n")
-    train(run, '--max_iters=4', '--arch=qwen3', '--init_from=resume')
     assert run('sample.py', '--max_new_tokens=3').code == 0
     assert run('plot.py').code == 0
+    train(run, '--max_iters=4', '--arch=qwen3', '--init_from=resume')  # which writes another
     assert not (tmp_path / 'exploded').exists()
 
 
@@ -69,18 +69,45 @@ def test_the_config_of_a_run_is_executed_only_if_it_is_named(run, run_folder, tm
 # nothing outside the folders is written, or deleted
 
 
-@pytest.mark.parametrize('name', ['config.py', 'log.jsonl', 'loss.png', '.lock'])
+FILES = ['config.py', 'log.jsonl', 'loss.png', '.lock', 'config.py.tmp', 'log.jsonl.tmp']
+FILES += ['loss.png.tmp']
+
+
+@pytest.mark.parametrize('name', FILES)
 def test_a_link_to_a_file_elsewhere_loses_nothing(run, run_folder, tmp_path, name):
     precious = tmp_path / 'precious'
     precious.write_text(PRECIOUS)
-    (run_folder / name).unlink(missing_ok=True)
-    (run_folder / name).symlink_to(precious)
-    train(run, '--max_iters=4', '--arch=qwen3', '--init_from=resume')
+    theirs = tmp_path / 'theirs'
+    shutil.copytree(run_folder, theirs)  # which this process has not locked
+    (theirs / name).unlink(missing_ok=True)
+    (theirs / name).symlink_to(precious)
+    flags = ['--dataset=sheep', *TINY, '--arch=qwen3', '--max_iters=4', '--init_from=resume']
+    # Not `run`, in which nothing is drawn.
+    result = command('train.py', *flags, '--out_dir=theirs', cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
     assert precious.read_text() == PRECIOUS
+
+
+def test_a_lock_that_leads_elsewhere_makes_no_file_there(run, run_folder, tmp_path):
+    (run_folder / '.lock').unlink()
+    (run_folder / '.lock').symlink_to(tmp_path / 'new')
+    train(run, '--max_iters=4', '--arch=qwen3', '--init_from=resume')
+    assert not (tmp_path / 'new').exists()
+
+
+def test_a_card_that_leads_elsewhere_is_not_exported(run, published, tmp_path):
+    (tmp_path / 'secret').write_text(PRECIOUS)
+    (published / 'README.md').unlink()
+    (published / 'README.md').symlink_to(tmp_path / 'secret')
+    flags = ['--format=folder', '--to=exported']
+    assert run('export.py', f'--init_from={published}', *flags).code == 0
+    found = [path.read_bytes() for path in (tmp_path / 'exported').iterdir()]
+    assert not any(PRECIOUS.encode() in each for each in found)
 
 
 LINKS = ['step_00000000', 'step_00000001', 'step_00000003', 'step_00000004', 'weights_00000001']
 LINKS += ['.step_00000001.tmp', '.step_00000004.tmp', '.step_00000001.old', '.step_00000002.old']
+LINKS += ['damaged_step_00000004']
 
 
 @pytest.mark.parametrize('name', LINKS)
@@ -92,13 +119,14 @@ def test_a_link_to_a_folder_elsewhere_loses_nothing(run, run_folder, tmp_path, n
     flags = ['--max_iters=6', '--eval_interval=2', '--keep_last=1']
     flags += ['--dataset=sheep', *TINY, '--arch=qwen3', '--dtype=float32', '--init_from=resume']
     result = run('train.py', *flags)
-    assert result.code == 0 or result.is_one_sentence, result.err
+    assert result.code == 0, result.err
+    assert (run_folder / 'step_00000006' / 'meta.json').exists()
     assert [path.name for path in home.iterdir()] == ['precious']
 
 
 def test_weights_are_read_from_their_folder_alone(run, published, tmp_path):
     (published / 'model.safetensors').rename(tmp_path / 'elsewhere.safetensors')
-    for where in ('../elsewhere.safetensors', str(tmp_path / 'elsewhere.safetensors')):
+    for where in ('../elsewhere.safetensors', str(tmp_path / 'elsewhere.safetensors'), ['x'], 1):
         index = {'weight_map': {'model.embed_tokens.weight': where}}
         (published / 'model.safetensors.index.json').write_text(json.dumps(index))
         result = sample(run, published)
@@ -164,7 +192,7 @@ def test_a_model_of_too_many_layers_is_refused(run, published):
     change(published / 'config.json', num_hidden_layers=100_000)  # each takes a while to be made
     result = sample(run, published)
     assert result.is_one_sentence, result.err
-    assert 'n_layer=100000 must be from 1 to 10,000' in result.err
+    assert 'n_layer=100000 must be from 1 to 2,000' in result.err
 
 
 NESTED = '[' * 200_000
@@ -184,9 +212,12 @@ def test_a_log_nested_too_deeply_is_no_log(run, run_folder):
     assert NESTED not in log.read_text()
 
 
-@pytest.mark.parametrize('expression', ['(a+)+$', '(a|aa)+$', '(.*)*!$', '(?:(?:a+)+)+c'])
-def test_an_expression_that_goes_back_for_ever_ends(published, tmp_path, expression):
-    """The library's own limit ends it: a dataset, or a sentence behind the library's message."""
+@pytest.mark.parametrize(
+    ('expression', 'status'),
+    [('(a+)+$', 1), ('(a|aa)+$', 1), ('(.*)*!$', 0), ('(?:(?:a+)+)+c', 0)],
+)
+def test_an_expression_that_goes_back_for_ever_ends(published, tmp_path, expression, status):
+    """The library's own limit ends it: a sentence behind the library's message, or a dataset."""
     split = {'type': 'Split', 'pattern': {'Regex': expression}, 'behavior': 'Isolated'}
     steps = [
         split | {'invert': False},
@@ -197,6 +228,6 @@ def test_an_expression_that_goes_back_for_ever_ends(published, tmp_path, express
     (tmp_path / 'a.txt').write_text(('a' * 5000 + 'b\n') * 20)
     flags = ['--input=a.txt', f'--tokenizer={published}', '--name=made']
     result = command('prepare.py', *flags, cwd=tmp_path, env=os.environ | {'RUST_BACKTRACE': '0'})
-    assert result.returncode in (0, 1)
+    assert result.returncode == status
     assert 'Traceback' not in result.stderr
     assert (tmp_path / 'data' / 'made' / 'train.bin').exists() == (result.returncode == 0)
