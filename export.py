@@ -423,6 +423,8 @@ if format == 'gguf':
     n = model.config.block_size
     if context_length(model.config) > n:
         print(f'Note: after {n:,} tokens llama.cpp writes nonsense: keep texts shorter.')
-    print(f'llama-completion -m {shlex.quote(str(target))} -no-cnv -n {min(100, n // 2)} -p "Once"')
+    flags = ' --no-repack' if dtype == 'q8_0' else ''  # llama.cpp may crash with AMX otherwise
+    place = shlex.quote(str(target))
+    print(f'llama-completion -m {place} -no-cnv{flags} -n {min(100, n // 2)} -p "Once"')
 if push is not None:
     upload(target)
