@@ -27,6 +27,7 @@ LADDER = (  # layers and width
     (1, 64), (2, 64), (2, 96), (2, 128), (3, 128), (3, 192), (4, 256), (5, 320), (6, 384),
     (8, 512), (10, 640), (12, 768), (16, 1024), (20, 1280), (24, 1536), (32, 2048),
 )  # fmt: skip
+LEAST_TOKENS = 500  # with fewer there is nothing to choose
 MOST_EPOCHS = 20.0  # more overfit
 WITHOUT_DROPOUT = 8.0  # epochs; more overfit
 BYTES = 16  # of a parameter: weight, gradient and two moments. Other things have as much memory
@@ -168,6 +169,8 @@ def choose(config):
     if gpu == 'CPU' and n_devices > 1:
         raise UserError('config/fit.py times steps on one CPU: take one process, or --plan_gpu=.')
     n_unique = int(len(data.datasets[0].train) / shares[0])  # in an epoch
+    if n_unique < LEAST_TOKENS:
+        raise UserError(f'{config["dataset"]} has {n_unique:,} tokens: too few to learn from.')
     n_epochs = config['max_epochs'] or MOST_EPOCHS
     say(f'fit     {minutes:g} minutes on {n_devices} x {gpu}, {n_unique:,} tokens an epoch')
 

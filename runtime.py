@@ -63,6 +63,9 @@ def explain_error(kind, error, trace):
     rank = int(os.environ.get('RANK', 0))
     if issubclass(kind, KeyboardInterrupt):
         return
+    # A signal came while a library in another language ran, which makes a SystemError of it.
+    if isinstance(error.__cause__, SystemExit | KeyboardInterrupt):
+        raise SystemExit(getattr(error.__cause__, 'code', 130))
     if issubclass(kind, BrokenPipeError):
         drop_output()
         raise SystemExit(141)  # 128 + SIGPIPE, as if the signal had ended the process

@@ -274,3 +274,11 @@ def test_several_processes_on_a_cpu_are_refused(run, sheep, monkeypatch):
     result = run('train.py', FIT, '--dataset=sheep', '--max_minutes=1')
     assert result.is_one_sentence, result.err
     assert 'one process' in result.err
+
+
+def test_a_text_of_a_few_words_is_refused(run, tmp_path):
+    (tmp_path / 'few.txt').write_text('A few words, from which nobody learns a language.')
+    assert run('prepare.py', '--input=few.txt', '--tokenizer=byte').code == 0
+    result = run('train.py', str(ROOT / 'config' / 'fit.py'), '--dataset=few', '--max_minutes=1')
+    assert result.is_one_sentence, result.err
+    assert 'few has 44 tokens: too few to learn from' in result.err

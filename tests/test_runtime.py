@@ -343,3 +343,14 @@ def test_what_needs_no_torch_does_not_import_it():
     modules = 'runtime, configurator, report'
     result = run_code(f"import {modules}; print('torch' in sys.modules)")
     assert result.stdout == 'False\n'
+
+
+@pytest.mark.parametrize(('cause', 'status'), [(SystemExit(143), 143), (KeyboardInterrupt(), 130)])
+def test_a_signal_inside_a_library_is_no_traceback(capsys, cause, status):
+    """Such as rustbpe's, when it asks for the next text as the signal comes."""
+    error = SystemError('returned a result with an exception set')
+    error.__cause__ = cause
+    with pytest.raises(SystemExit) as ended:
+        runtime.explain_error(SystemError, error, None)
+    assert ended.value.code == status
+    assert capsys.readouterr().err == ''
