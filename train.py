@@ -464,6 +464,8 @@ while True:
         clock.pause()
         progress.train_seconds = clock.seconds
         check_skipped_steps()
+        if sample_now:  # before the checkpoint of this step: a run that resumes there has it
+            print_sample()
         val_loss = None
         if eval_now:
             metrics = evaluate()
@@ -491,8 +493,6 @@ while True:
         if weights_now:
             outcome = save_checkpoint(val_loss, must_succeed=is_last, weights_only=True)
             report.print_line(f'{step:>9,}  {outcome}')
-        if sample_now:
-            print_sample()
         clock.resume()
     if done or stop_signal:
         break

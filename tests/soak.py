@@ -316,11 +316,18 @@ def soak_kills(folder, n, chance):
     seconds['export'] = time.monotonic() - began
     exported = (folder / 'killed.gguf').read_bytes()
 
+    def start_export(limit):
+        target = folder / 'killed.gguf'
+        if target.exists():  # killed after it was written, which is never overwritten
+            expect(target.read_bytes() == exported, 'half an export')
+            target.unlink()
+        return [start('export.py', EXPORT, folder, file_limit=limit)]
+
     jobs = {
         'train1': lambda limit: start_train(1, folder, 'killed', limit),
         'train2': lambda limit: start_train(2, folder, 'killed', limit),
         'prepare': lambda limit: [start('prepare.py', PREPARE, folder, file_limit=limit)],
-        'export': lambda limit: [start('export.py', EXPORT, folder, file_limit=limit)],
+        'export': start_export,
     }
     counts = Counter()  # by the way of killing
     by_job = Counter()

@@ -662,3 +662,17 @@ def test_the_guards_cost_at_most_one_percent_of_a_step(shape, rows, length, step
     print(f'\n{1e3 * off:.1f} ms per step without guards, {1e3 * on:.1f} with')
     print(f'the guards alone: {1e6 * guards:.0f} us')
     assert guards <= 0.01 * off
+
+
+def test_a_sample_of_a_step_is_logged_before_it_is_saved(run, sheep, tmp_path, monkeypatch):
+    """Killed in between, a run would resume behind it, and the sample be missing in the log."""
+    real = checkpoint.start_save
+    logged = []
+
+    def start_save(*args):
+        real(*args)
+        logged.append(list(losses(tmp_path / 'out', 'sample')))
+
+    monkeypatch.setattr(checkpoint, 'start_save', start_save)
+    train(run, '--max_iters=4', '--eval_interval=2', '--sample_interval=2')
+    assert logged == [[2], [2, 4]]

@@ -354,3 +354,10 @@ def test_a_signal_inside_a_library_is_no_traceback(capsys, cause, status):
         runtime.explain_error(SystemError, error, None)
     assert ended.value.code == status
     assert capsys.readouterr().err == ''
+
+
+def test_what_a_terminal_would_obey_is_not_printed():
+    obeyed = [chr(n) for n in (0, 7, 8, 27, 127, 155)]
+    assert runtime.visible(''.join(obeyed)) == '\ufffd' * len(obeyed)
+    text = 'é 字\u3000\u200d😀\t\n\r\n\ufeff'
+    assert runtime.visible(text) == text

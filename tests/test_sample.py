@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY, command
+from conftest import TEXT, TINY, command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model import GPT, GPTConfig, sample_next
@@ -233,3 +233,19 @@ def test_a_checkpoint_opens_in_transformers_with_its_tokenizer(run, trained):
     assert ours.split('\n---')[0] == text
     embedding = GPT.from_pretrained(folder).wte.weight[:28]
     assert torch.equal(model.get_input_embeddings().weight, embedding)
+
+
+def test_without_line_ends_a_sample_begins_as_the_text_does(run, tmp_path):
+    """A token that the text lacks was never trained: what follows it is anything."""
+    (tmp_path / 'one.txt').write_text(TEXT.replace('\n', ' '))
+    assert run('prepare.py', '--input=one.txt', '--tokenizer=char').code == 0
+    assert run('train.py', '--dataset=one', *TINY, '--max_iters=1').code == 0
+    options = ['--max_new_tokens=3', '--num_samples=1']
+    assert run('sample.py', *options).out.startswith('0 sh')
+    assert run('sample.py', *options, '--start=f').out.startswith('f')
+
+
+def test_a_text_with_line_ends_is_sampled_from_one(run, sheep):
+    assert run('train.py', '--dataset=sheep', *TINY, '--max_iters=1').code == 0
+    options = ['--max_new_tokens=3', '--num_samples=1']
+    assert run('sample.py', *options).out.startswith('\n')
