@@ -22,6 +22,7 @@ import os
 import re
 import tempfile
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -62,6 +63,7 @@ class Dataset:
         try:
             self.meta, self.tokenizer = imported or read_description(self.folder)
             self.load(verify)
+            list(map(Path, filter(None, self.meta.get('source') or [])))  # names, for model cards
         except (KeyError, TypeError, ValueError, ArithmeticError, RecursionError, OSError) as error:
             has_words = isinstance(error, ValueError | OSError)  # a KeyError's text is a key
             reason = str(error) if has_words else f'meta.json: {error!r}'

@@ -270,7 +270,9 @@ def contents(folder):
 
 
 def saved(out):
-    return sorted(path.name for path in out.glob('*_*'))
+    """The checkpoints that both must have: a signal may have left one more before the last."""
+    last = out / f'step_{STEPS:08d}'
+    return sorted(path.name for path in [last, *out.glob('weights_*')] if path.exists())
 
 
 def log_without_times(out):

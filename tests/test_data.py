@@ -1,6 +1,7 @@
 """From tokens to batches: which windows there are, what they hold, and in which order they come."""
 
 import itertools
+import json
 import math
 import os
 import re
@@ -259,3 +260,13 @@ def test_each_micro_step_has_its_own_randomness():
     seeds = {micro_step_seed(*key) for key in itertools.product(range(5), range(50), range(8))}
     assert len(seeds) == 5 * 50 * 8
     assert micro_step_seed(1337, 7, 2) == micro_step_seed(1337, 7, 2)
+
+
+@pytest.mark.parametrize('source', [7, [1], [['x']], True])
+def test_a_source_that_is_no_name_is_damage(run, sheep, source):
+    """Else it would be found out when the first checkpoint gets its model card."""
+    meta = json.loads((sheep / 'meta.json').read_text())
+    (sheep / 'meta.json').write_text(json.dumps(meta | {'source': source}))
+    result = run('train.py', '--dataset=sheep', '--device=cpu')
+    assert result.is_one_sentence, result.err
+    assert 'data/sheep is damaged' in result.err
