@@ -61,13 +61,14 @@ def init_process_group(device, backend, micro_steps):
     if kind != 'cpu':
         backends = f'cpu:gloo,{kind}:{backend or dist.get_default_backend_for_device(kind)}'
     try:
-        store, *_ = next(dist.rendezvous('env://'))
         # On one machine torchrun's own store outlives processes that it starts again, which would
         # look for each other at the addresses of before. (For several see config/slurm.sh.)
-        if os.environ.get('LOCAL_WORLD_SIZE') == str(world_size):
-            attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT')
-            store = dist.PrefixStore(f'attempt {attempt}', store)
-        dist.init_process_group(backends, store=store, rank=rank, world_size=world_size)
+        options = {}
+        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+        if attempt != '0' and os.environ.get('LOCAL_WORLD_SIZE') == str(world_size):
+            store = dist.PrefixStore(attempt, next(dist.rendezvous('env://'))[0])
+            options = {'store': store, 'rank': rank, 'world_size': world_size}
+        dist.init_process_group(backends, **options)
     except (RuntimeError, ValueError) as error:  # torch.distributed's own errors are RuntimeErrors
         raise UserError(f'The processes cannot connect: {str(error).splitlines()[0]}') from None
     return device
