@@ -452,11 +452,7 @@ meta = {
     'tokenizer': encoding.kind, 'vocab_size': encoding.n_vocab,
     'end_of_text': facts['end_of_text'],
 }  # fmt: skip
-description = target / 'meta.json'
-before = description.read_bytes() if description.is_file() else None
 drafts.publish(draft, target, meta)
-if before not in (None, description.read_bytes()):
-    print(f'Note: {target} held another text, or other tokens of it, and is replaced.')
 
 # -----------------------------------------------------------------------------
 # Report.

@@ -631,14 +631,3 @@ def test_a_bpe_vocabulary_suits_the_size_of_the_text(run, tmp_path):
     assert suitable(None) == 4096, 'of what is streamed'
     result = run('prepare.py', '--input=x.txt', '--quiet', '--vocab_size=700')
     assert 'x: bpe tokenizer, 700 tokens in its vocabulary' in result.out
-
-
-def test_a_dataset_that_is_replaced_is_noted(run, tmp_path):
-    flags = ['--input=a.txt', '--tokenizer=byte']
-    (tmp_path / 'a.txt').write_text(TEXT)
-    assert 'is replaced' not in run('prepare.py', *flags).out
-    assert 'is replaced' not in run('prepare.py', *flags).out  # by the same
-    (tmp_path / 'a.txt').write_text(TEXT.replace('fell', 'were'))
-    assert 'data/a held another text' in run('prepare.py', *flags).out
-    changed = run('prepare.py', '--input=a.txt', '--tokenizer=char')
-    assert 'data/a held another text' in changed.out
