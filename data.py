@@ -424,6 +424,8 @@ class Mixture:
         self.seed = seed
         self.names, self.shares = parse_mixture(text, root)
         self.datasets = [Dataset(name, root, verify) for name in self.names]
+        for each in self.datasets:
+            each.check_length(block_size)
         self.n_windows = [count_windows(each.train, block_size, stride) for each in self.datasets]
         self.folder = ' + '.join(each.folder for each in self.datasets)
         first, *others = self.datasets

@@ -84,12 +84,11 @@ def print_resumed(saved, lr, lr_before, is_complete):
         print_line(f'        the learning rate rises from {lr_before:.2e} to {lr:.2e}')
 
 
-def print_length(n_steps, factors, epochs):
-    """Print the steps of a run. factors: of the tokens in one."""
+def print_length(n_steps, factors, n_tokens, epochs):
+    """Print the steps of a run, and its tokens. factors: of the tokens in a step."""
     each = ' x '.join(map(str, factors))
-    tokens = math.prod(factors)
-    total = f'{n_steps * tokens:,}, {epochs} epochs'
-    print_line(f'steps   {n_steps:,}, each {each} = {tokens:,} tokens: {total}')
+    total = f'{n_tokens:,}, {epochs} epochs'
+    print_line(f'steps   {n_steps:,}, each {each} = {math.prod(factors):,} tokens: {total}')
 
 
 def print_bound(flops, device, dtype):

@@ -160,8 +160,6 @@ if has_run and not resuming and not (eval_only and fine_tuning):
     )
 
 data = Mixture(dataset, block_size, stride, seed, verify=verify_data)  # often of one dataset
-for each in data.datasets:
-    each.check_length(block_size)
 windows_per_step = batch_size * gradient_accumulation_steps
 tokens_per_step = windows_per_step * block_size
 micro_batches_per_process = gradient_accumulation_steps // parallel.world_size
@@ -402,7 +400,9 @@ def begin():
     """Print how long the run will be, and write its config.py."""
     if not eval_only:
         factors = (batch_size, gradient_accumulation_steps, block_size)
-        report.print_length(max_iters, factors, data.epochs(max_iters * windows_per_step))
+        # A run that resumes may have had another batch size before.
+        n_windows = progress.windows_seen + (max_iters - progress.step) * windows_per_step
+        report.print_length(max_iters, factors, n_windows * block_size, data.epochs(n_windows))
     if writes:
         report.start_tracker(tracker, out_dir, run_config, progress.step)
         report.truncate_log(log_path, progress.step, progress.last_eval_step)

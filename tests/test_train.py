@@ -554,6 +554,17 @@ def test_changed_knobs_are_listed_on_resume_and_take_effect(run, sheep, tmp_path
     assert {block.drop.p for block in result.globals['model'].blocks} == {0.3}
 
 
+def test_tokens_of_another_batch_size_before_are_counted(run, sheep, tmp_path):
+    train(run, '--max_iters=3', '--batch_size=2', '--block_size=16')
+    flags = ['--max_iters=5', '--batch_size=7', '--block_size=16', '--log_interval=1']
+    result = train(run, *flags, '--init_from=resume')
+    n_tokens = (3 * 2 + 2 * 7) * 16
+    epochs = n_tokens / 16 / result.globals['data'].n_windows[0]
+    line = f'steps   5, each 7 x 1 x 16 = 112 tokens: {n_tokens}, {epochs:.2f} epochs\n'
+    assert line in result.out
+    assert losses(tmp_path / 'out', 'tokens')[5] == n_tokens
+
+
 def test_a_run_does_not_go_on_with_another_text(run, sheep):
     train(run, '--max_iters=2')
     with open('sheep.txt', 'w') as file:
