@@ -36,6 +36,7 @@ import report
 # All that scripts import, but for parallel, which reads its rank when it is imported.
 IMPORTED = 'documents draft inference model report sources tokenizer torch.distributed.fsdp'
 LONGEST = 120  # seconds that a case may take
+PATIENCE = 15  # seconds after which a random command gets a Ctrl-C, which counts as a run
 TIMES = dict.fromkeys(('tokens_per_second', 'train_seconds', 'tflops', 'gib'))
 STEPS = 24
 # A run that does everything often, so that a random instant is in the middle of something.
@@ -163,11 +164,17 @@ def end(pids):
             continue
 
 
-def run(script, *args, folder, **options):
-    """Run a script to its end. Returns a Result, as the tests' `run` does."""
+def run(script, *args, folder, patience=math.inf, **options):
+    """Run a script to its end. Returns a Result, as the tests' `run` does.
+
+    patience: seconds after which it gets a Ctrl-C.
+    """
     pid = start(script, args, folder, **options)
     try:
-        wait([pid])
+        wait([pid], time.monotonic() + patience)
+        if not has_ended(pid):
+            os.kill(pid, signal.SIGINT)
+            wait([pid])
     except Broken:
         end([pid])
         raise
@@ -369,7 +376,10 @@ def soak_fuzz(folder, n, chance):
     shutil.copytree(folder / 'data', folder / 'kept')
 
     def run_here(script, *args):
-        return run(script, *args, folder=folder, patch=test_fuzz.simplify)
+        options = {'folder': folder, 'patch': test_fuzz.simplify, 'patience': PATIENCE}
+        result = run(script, *args, **options)
+        is_long = result.code in ENDINGS['INT']
+        return Result(0, *result[1:]) if is_long else result
 
     tried = 0
     for script in test_fuzz.BASE:
