@@ -124,10 +124,10 @@ def has_ended(pid):
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def wait(pids, until=None):
+def wait(pids, until=None, enough=all):
     """Wait for processes to end, or until a time. Raises Broken when they take LONGEST seconds."""
     deadline = time.monotonic() + LONGEST
-    while not all(map(has_ended, pids)):
+    while not enough(map(has_ended, pids)):
         if until is not None and time.monotonic() >= until:
             return
         expect(time.monotonic() < deadline, f'still running after {LONGEST} s')
@@ -214,6 +214,22 @@ def strike(pids, how, victim):
             os.kill(pid, signal.Signals[f'SIG{how}'])
 
 
+def wait_as_torchrun(pids, counts):
+    """Wait for the processes of a run. One that still waits for another that has ended is ended.
+
+    While they connect to each other it would wait for half an hour, and no signal wakes it.
+    """
+    wait(pids, enough=any)
+    wait(pids, time.monotonic() + 10)
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        left = [pid for pid in pids if not has_ended(pid)]
+        for pid in left:
+            os.killpg(pid, how)
+            if how == signal.SIGKILL:
+                counts['left waiting'] += 1
+        wait(pids, time.monotonic() + 10)
+
+
 def live(begin, folder, seconds, chance, counts, most_kills):
     """Begin a job and kill it, again and again, at last without. Returns how often.
 
@@ -231,14 +247,15 @@ def live(begin, folder, seconds, chance, counts, most_kills):
             running = [pid for pid in pids if not has_ended(pid)]
             if running:
                 strike(pids, how, chance.choice(running))
-            wait(pids)
+            wait_as_torchrun(pids, counts)
         except BaseException:
             end(pids)
             raise
         statuses = collect(pids)
         allowed = set(ENDINGS[how])
         if len(pids) > 1:
-            allowed |= {1}  # a process that has lost another one
+            # A process that has lost another one.
+            allowed |= {1, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM}
         expect(set(statuses) <= allowed, f'status {statuses} after {how}')
         if not running and how != 'disk':
             break  # it was done before its time
