@@ -340,6 +340,24 @@ def test_a_random_text_is_divided_at_its_separators(parts, piece):
         assert read(path) == divide(text)
 
 
+def test_no_white_space_is_longer_than_tokenizers_can_take(monkeypatch):
+    monkeypatch.setattr(sources, 'MOST_SPACES', 50)
+    monkeypatch.setattr(sources, 'LONG_SPACE', re.compile(r'(?<!\s)\s{50,}'))
+    rng = random.Random(1)
+    n_cut = 0
+    for _ in range(500):
+        spaces = [' \n'[rng.randrange(2)] * rng.choice([1, 2, 49, 50, 51, 120]) for _ in range(9)]
+        text = ''.join(space + 'x' * rng.randrange(1, 30) for space in spaces)[rng.randrange(60) :]
+        pieces = list(sources.cut_spaces([(text, True)]))
+        assert ''.join(piece for piece, _ in pieces) == text
+        assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True]
+        longest = max(len(space) for space in re.findall(r'\s+', text))
+        assert len(pieces) > 1 if longest > 50 else len(pieces) == 1
+        assert not [piece for piece, _ in pieces if re.search(r'\s{51}', piece)]
+        n_cut += len(pieces) > 1
+    assert 0 < n_cut < 500
+
+
 @pytest.mark.parametrize('name', ['x.txt', 'x.jsonl', 'x.csv.gz', 'x.json'])
 def test_the_byte_that_is_no_text_is_named(tmp_path, monkeypatch, name):
     rng = random.Random(1)

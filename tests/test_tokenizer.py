@@ -163,3 +163,15 @@ def test_a_file_that_is_not_a_tokenizer_is_refused(tmp_path, contents):
     (tmp_path / 'tokenizer.json').write_text(contents)
     with pytest.raises(UserError, match='tokenizer.json is not a tokenizer'):
         tk.load(tmp_path)
+
+
+@pytest.mark.parametrize('text', ['one two', 'xé' * 5000])  # the second is checked in part
+def test_ids_of_another_text_are_refused(text):
+    own = tk.build('byte')
+    ids = own.encode(text)
+    assert own.find_changes([text, 'other'], [ids, ids]) == {}
+    wrong = ids.copy()
+    wrong[3] += 1
+    for other in (wrong, ids[1:], ids[:2], ids[:0]):
+        with pytest.raises(UserError, match='would lose text'):
+            own.find_changes([text], [other])
