@@ -89,7 +89,7 @@ def test_the_same_losses_are_no_difference():
     runs = [curve(final) for final in (1.50, 1.52, 1.47)]
     result = compare.test(runs, runs)
     assert result == {'loss_p': 1.0, 'loss_ratio': 1.0, 'train_seconds': None, 'step': None}
-    assert compare.describe('A', 'B', result) == 'B: no difference from A shown.'
+    assert compare.describe('A', 'B', result) == 'B: no difference from A shown (loss: p = 1).'
 
 
 @pytest.mark.parametrize('field', ['train_seconds', 'step'])
@@ -134,7 +134,7 @@ def test_a_seed_that_never_gets_there_ends_the_claim_of_speed():
 def test_one_seed_claims_nothing():
     baseline, runs = [curve(1.5)], [curve(1.2, 0.5)]
     result = compare.test(baseline, runs)
-    assert compare.describe('A', 'B', result) == 'B: no difference from A shown.'
+    assert compare.describe('A', 'B', result) == 'B: no difference from A shown (loss: p = 1).'
     assert result['train_seconds'] is None
     assert result['step'] is None
     assert compare.summarize(runs)['loss'] == 1.2
@@ -182,8 +182,9 @@ def claims(results):
 def test_recipes_that_differ_in_nothing_are_not_told_apart():
     rng = np.random.default_rng(1)
     results = [simulate(rng) for _ in range(20)]
-    said = {compare.describe('A', 'B', result) for result in results}
-    assert said == {'B: no difference from A shown.'}
+    for result in results:
+        sentence = f'B: no difference from A shown (loss: p = {result["loss_p"]:.2g}).'
+        assert compare.describe('A', 'B', result) == sentence
 
 
 def test_a_false_claim_is_as_rare_as_promised():
@@ -218,7 +219,7 @@ def test_equal_losses_in_less_time_are_claimed():
 def test_overfitting_is_no_difference():
     runs = [evals([3.0, 2.0, 1.5, 1.8 + seed / 100]) for seed in range(5)]
     result = compare.test(runs, runs)
-    assert compare.describe('A', 'B', result) == 'B: no difference from A shown.'
+    assert compare.describe('A', 'B', result) == 'B: no difference from A shown (loss: p = 1).'
 
 
 def test_speedups_without_a_spread_are_not_claimed():
@@ -226,7 +227,7 @@ def test_speedups_without_a_spread_are_not_claimed():
     finals = rng.normal(1.5, 0.01, 5)
     baseline = [evals([2.0, final]) for final in finals]
     runs = [evals([final - 0.001]) for final in finals]
-    assert compare.describe('A', 'B', compare.test(baseline, runs)).endswith('A shown.')
+    assert compare.describe('A', 'B', compare.test(baseline, runs)).startswith('B: no difference')
 
 
 # -----------------------------------------------------------------------------
@@ -235,6 +236,7 @@ def test_speedups_without_a_spread_are_not_claimed():
 FASTER = {'speedup': 1.304, 'from': 1.21, 'to': 1.406, 'p': 0.00012}
 UNSURE = {'speedup': 1.304, 'from': 0.9, 'to': 1.9, 'p': 0.2}
 NOTHING = {'loss_p': 0.5, 'loss_ratio': 0.99, 'train_seconds': None, 'step': None}
+NONE = '2 b.py: no difference from 1 a.py shown (loss: p'
 LOWER = 'has a 1.3% lower loss (p = 0.0012)'
 SPAN = "to the first's loss (99%: 1.21 to 1.41, p = 0.00012)"
 
@@ -242,10 +244,10 @@ SPAN = "to the first's loss (99%: 1.21 to 1.41, p = 0.00012)"
 @pytest.mark.parametrize(
     ('changes', 'sentence'),
     [
-        ({}, '2 b.py: no difference from 1 a.py shown.'),
-        ({'loss_p': math.nan}, '2 b.py: no difference from 1 a.py shown.'),
-        ({'step': UNSURE, 'train_seconds': UNSURE}, '2 b.py: no difference from 1 a.py shown.'),
-        ({'loss_p': 0.01}, '2 b.py: no difference from 1 a.py shown.'),
+        ({}, f'{NONE} = 0.5).'),
+        ({'loss_p': math.nan}, f'{NONE} = nan).'),
+        ({'step': UNSURE, 'train_seconds': UNSURE}, f'{NONE} = 0.5).'),
+        ({'loss_p': 0.01}, f'{NONE} = 0.01).'),
         ({'loss_p': 0.00123, 'loss_ratio': 0.987}, f'2 b.py {LOWER}.'),
         ({'loss_p': 0.00123, 'loss_ratio': 1.021}, '2 b.py has a 2.1% higher loss (p = 0.0012).'),
         ({'train_seconds': FASTER}, f'2 b.py is 1.30 x as fast in seconds {SPAN}.'),
@@ -328,7 +330,7 @@ def test_recipes_take_turns_within_a_seed(run, trainings, recipes, tmp_path):
     assert [(name, flags['seed']) for name, flags in trainings] == expected
     assert '2 better.py has a ' in result.out
     assert '% lower loss' in result.out
-    assert '3 c.py: no difference from 1 a.py shown.' in result.out
+    assert '3 c.py: no difference from 1 a.py shown (loss: p = ' in result.out
     assert 'means of 5 seeds' in result.out
 
     figures = json.loads((tmp_path / 'x.json').read_text())
@@ -389,7 +391,7 @@ def test_the_same_recipe_twice_is_two_rows(run, trainings, recipes, tmp_path):
     runs = json.loads((tmp_path / 'x.json').read_text())['runs']
     assert list(runs) == ['1 a.py', '2 a.py']
     assert runs['1 a.py'] == runs['2 a.py']
-    assert '2 a.py: no difference from 1 a.py shown.' in result.out
+    assert '2 a.py: no difference from 1 a.py shown (loss: p = ' in result.out
 
 
 @pytest.mark.filterwarnings('ignore::RuntimeWarning')
@@ -398,7 +400,7 @@ def test_one_seed_is_trained_and_claims_nothing(run, trainings, recipes):
     assert result.code == 0, result.err
     assert not result.has_traceback
     assert len(trainings) == 2
-    assert '2 better.py: no difference from 1 a.py shown.' in result.out
+    assert '2 better.py: no difference from 1 a.py shown (loss: p = ' in result.out
 
 
 def refuse_constant(name):
