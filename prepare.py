@@ -32,7 +32,7 @@ corpora of the Hub (--dataset), what their cards say of the size, and when to ch
     dclm                the 4 trillion tokens of DataComp-LM's baseline; take it with --streaming
 """
 
-from runtime import UserError, begin_script, count_cores, raise_on_signals
+from runtime import UserError, begin_script, count_cores, keep_freed_memory, raise_on_signals
 
 begin_script()  # first, so that Ctrl-C ends the imports as well: they take seconds
 
@@ -252,6 +252,7 @@ def write_batches(draft, parts, column, encoding):
     separator = encoding.end_of_text if facts['several'] else None
     division = documents.Division(*facts['division'])
     batches = read_batches(parts, column, encoding, division, draft.last)
+    keep_freed_memory()  # of a batch, for the next one
     # There are threads enough: the library tokenizers need not start its own in each.
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
     n_threads = num_proc or count_cores()

@@ -311,9 +311,8 @@ class OwnTokenizer:
         if texts:
             ids = encoded[0][:MOST_CHECKED].tolist()
             decoded = self.encoding.decode_bytes(ids)
-            expected = texts[0].encode()
-            if len(ids) < len(encoded[0]):
-                expected = expected[: len(decoded)]
+            text = texts[0].encode()
+            expected = text[: len(decoded)] if len(ids) < len(encoded[0]) else text
             if decoded != expected:
                 raise _loss(texts[0], self.encoding.decode(encoded[0].tolist()))
         return {}
