@@ -20,6 +20,7 @@ from checkpoint import checkpoints, find, read_meta
 from configurator import check_range
 from data import Mixture, parse_mixture
 from model import GPT
+from plan import tokens_per_step
 from report import human
 from runtime import UserError, forget_peak_memory
 
@@ -224,10 +225,6 @@ def climb(config, data, n_unique):
     if config['plan_gpu'] != 'CPU':
         fit_memory(recipe, config, plan.model_shape(config | recipe, data))
     return recipe, n_tokens
-
-
-def tokens_per_step(recipe):
-    return recipe['batch_size'] * recipe['gradient_accumulation_steps'] * recipe['block_size']
 
 
 def time_recipe(model, config):

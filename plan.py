@@ -37,7 +37,7 @@ from inference import load_tokenizer
 from model import GPT, MAX_FILE, MAX_LOGITS, PUBLISHED, GPTConfig, find_pretrained, read_config
 from optim import freeze, make_optimizers, make_rounds, parameter_groups
 from parallel import check_division
-from report import duration
+from report import duration, print_length
 from runtime import GPUS, UserError, keep_freed_memory, make_autocast, peak_memory_gib
 
 # The columns of the table of memory, and their widths.
@@ -161,11 +161,16 @@ def own_numbers(shape, n_matrices, n_devices):
 
 
 def update_bytes(shapes, n_devices, itemsize):
-    """Return what Muon.step_round() has at a time: all matrices in float32, and all updates."""
-    directions = 4 * sum(math.prod(shape) for shape in shapes.elements())
-    own = [own_numbers(*item, n_devices) for item in shapes.items()]
-    # Of those that a device computes itself there is a stack in float32, and four versions.
-    return directions + itemsize * n_devices * sum(own) + (4 + 4 * itemsize) * max(own)
+    """Return the most that Muon.step_round() has at a time, which goes from shape to shape."""
+    most = updates = 0
+    directions = 4 * sum(math.prod(shape) for shape in shapes.elements())  # in float32, still to do
+    for shape, n_matrices in shapes.items():
+        own = own_numbers(shape, n_matrices, n_devices)
+        updates += itemsize * n_devices * own
+        # Of those that a device computes itself there is a stack in float32, and four versions.
+        most = max(most, directions + updates + (4 + 4 * itemsize) * own)
+        directions -= 4 * n_matrices * math.prod(shape)
+    return most
 
 
 def shard(shape, knobs, whole, n_devices, recomputed=0):
@@ -381,26 +386,27 @@ def print_size(model, data, missing, config):
 
     data: a Mixture, or None. missing: the folders of the datasets that are not prepared.
     """
-    n_steps = config['max_iters']
     factors = (config['batch_size'], config['gradient_accumulation_steps'], config['block_size'])
-    tokens_per_step = math.prod(factors)
-    tokens = n_steps * tokens_per_step
+    tokens = config['max_iters'] * math.prod(factors)
     n_params = model.count_parameters()
     flops = model.flops_per_token(config['block_size'])
 
     dataset = f'{" + ".join(missing)} is not prepared yet'
-    epochs = ''
+    epochs = None
     if data:
         dataset = data.describe()
-        epochs = f'\n        {data.epochs(tokens // config["block_size"])} epochs of it'
+        epochs = data.epochs(tokens // config['block_size'])
     elif config['init_from'] in OWN_MODELS:
         dataset += ": GPT-2's vocabulary is assumed"
 
-    each = ' x '.join(f'{factor}' for factor in factors)
     print(f'data    {dataset}')
-    print(f'steps   {n_steps:,}, each {each} = {tokens_per_step:,} tokens: {tokens:,}{epochs}')
+    print_length(config['max_iters'], factors, tokens, epochs)
     print(f'        {tokens / n_params:.1f} tokens per parameter (Chinchilla-optimal: about 20)')
     print(f'cost    {flops / 1e9:.3g} GFLOP per token, {tokens * flops:.3g} FLOP in total')
+
+
+def tokens_per_step(config):
+    return config['batch_size'] * config['gradient_accumulation_steps'] * config['block_size']
 
 
 def compute_step(model, config):
@@ -410,8 +416,7 @@ def compute_step(model, config):
     if config['dtype'] == 'float32' and DTYPES.get(gpu) != 'float32':
         return None, f"not known: {gpu}'s peak is one in 16 bits, and dtype is float32"
     peak_tflops, _ = GPUS[gpu]
-    sequences = config['batch_size'] * config['gradient_accumulation_steps']
-    flops = sequences * config['block_size'] * model.flops_per_token(config['block_size'])
+    flops = tokens_per_step(config) * model.flops_per_token(config['block_size'])
     seconds = max(LAUNCH, flops / (peak_tflops * 1e12 * config['plan_mfu'] * n_gpus))
     return seconds, f'on {n_gpus} x {gpu} at {config["plan_mfu"]:.0%} of {peak_tflops} TFLOP/s'
 
@@ -422,13 +427,11 @@ def print_time(config, seconds_per_step, how):
         print(f'time    {how}')
         return
     seconds = config['max_iters'] * seconds_per_step
-    sequences = config['batch_size'] * config['gradient_accumulation_steps']
-    rate = sequences * config['block_size'] / seconds_per_step
+    rate = tokens_per_step(config) / seconds_per_step
     print(f'time    {duration(seconds)} {how}, {rate:,.0f} tokens/s')
     if config['plan_price'] is not None:
-        price = config['plan_price']
-        total = price * config['plan_gpus'] * seconds / 3600
-        print(f'price   {total:,.2f} at {price:g} per device and hour')
+        total = config['plan_price'] * config['plan_gpus'] * seconds / 3600
+        print(f'price   {total:,.2f} at {config["plan_price"]:g} per device and hour')
 
 
 def time_step(shape, config, at_most=5):

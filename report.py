@@ -85,10 +85,11 @@ def print_resumed(saved, lr, lr_before, is_complete):
 
 
 def print_length(n_steps, factors, n_tokens, epochs):
-    """Print the steps of a run, and its tokens. factors: of the tokens in a step."""
-    each = ' x '.join(map(str, factors))
-    total = f'{n_tokens:,}, {epochs} epochs'
-    print_line(f'steps   {n_steps:,}, each {each} = {math.prod(factors):,} tokens: {total}')
+    """Print the steps of a run, and its tokens. factors: of a step's; epochs: a text, or None."""
+    each = f'{" x ".join(map(str, factors))} = {math.prod(factors):,}'
+    print_line(f'steps   {n_steps:,}, each {each} tokens: {n_tokens:,}')
+    if epochs:
+        print_line(f'        {epochs} epochs of it')
 
 
 def print_bound(flops, device, dtype):

@@ -309,10 +309,9 @@ class OwnTokenizer:
         Raises UserError if they do not.
         """
         if texts:
-            ids = encoded[0][:MOST_CHECKED].tolist()
-            decoded = self.encoding.decode_bytes(ids)
+            decoded = self.encoding.decode_bytes(encoded[0][:MOST_CHECKED].tolist())
             text = texts[0].encode()
-            expected = text[: len(decoded)] if len(ids) < len(encoded[0]) else text
+            expected = text[: len(decoded)] if len(encoded[0]) > MOST_CHECKED else text
             if decoded != expected:
                 raise _loss(texts[0], self.encoding.decode(encoded[0].tolist()))
         return {}

@@ -90,7 +90,7 @@ def test_epochs_become_a_number_of_steps(run, sheep, tmp_path, epochs):
     result = train(run, f'--max_epochs={epochs}', *flags, '--n_layer=1')
     expected = round(epochs * WINDOWS / 16)
     assert steps_of(result) == expected
-    assert f', {expected * 16 / WINDOWS:.2f} epochs\n' in result.out
+    assert f'\n        {expected * 16 / WINDOWS:.2f} epochs of it\n' in result.out
     assert list(losses(tmp_path / 'out'))[-1] == expected
     assert knobs_of(tmp_path / 'out') == fixed_length(expected)
 
@@ -100,7 +100,7 @@ def test_epochs_of_a_mixture_are_those_of_its_largest_share(run, sheep, tmp_path
     assert run('prepare.py', '--input=goats.txt', '--tokenizer=byte').code == 0
     result = train(run, '--dataset=goats:0.25,sheep:0.75', '--max_epochs=0.25')
     assert steps_of(result) == round(0.25 * WINDOWS / 0.75 / PER_STEP)
-    assert ', 0.25 and 0.' in result.out
+    assert '\n        0.25 and 0.' in result.out
 
 
 # -----------------------------------------------------------------------------

@@ -170,8 +170,3 @@ def fuzz(run, world, script, examples, number=None):
 
 def test_a_random_command_line_is_a_run_or_a_sentence(run, world, script):
     fuzz(run, world, script, 40)
-
-
-@pytest.mark.slow  # some minutes
-def test_many_random_command_lines_are_runs_or_sentences(run, world, script):
-    fuzz(run, world, script, {'train.py': 1000, 'bench.py': 200}.get(script, 600))
