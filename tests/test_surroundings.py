@@ -115,7 +115,9 @@ def test_what_an_encoding_lacks_is_printed_as_an_escape(trained, tmp_path, scrip
 @pytest.mark.parametrize('encoding', ['ascii', slowly('utf-8'), slowly('latin-1:strict')])
 def test_jsonl_is_json_in_every_encoding(trained, tmp_path, encoding):
     flags = [f'--out_dir={trained}', '--start=é日😀', '--max_new_tokens=9', '--format=jsonl']
-    result = command('sample.py', *flags, cwd=tmp_path, env=printing(encoding))
+    # What stderr says has the terminal's encoding, and names the folder.
+    options = {'cwd': tmp_path, 'env': printing(encoding), 'errors': 'backslashreplace'}
+    result = command('sample.py', *flags, **options)
     assert result.returncode == 0, result.stderr
     assert [json.loads(line)['prompt'] for line in result.stdout.splitlines()] == ['é日😀'] * 3
 
