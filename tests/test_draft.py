@@ -428,7 +428,7 @@ encode_pieces = documents.encode_pieces
 
 
 def encode_slowly(*args):
-    time.sleep(0.01)
+    time.sleep(0.02)
     return encode_pieces(*args)
 
 
