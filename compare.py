@@ -96,5 +96,6 @@ def describe(first, name, result):
             how = f"{speed['speedup']:.2f} x as fast in {what} to the first's loss"
             said.append(f'is {how} ({1 - CERTAIN:.0%}: {span}, p = {speed["p"]:.2g})')
     if not said:
-        return f'{name}: no difference from {first} shown (loss: p = {result["loss_p"]:.2g}).'
+        p = '' if result['loss_p'] == 1 else f' (loss: p = {result["loss_p"]:.2g})'
+        return f'{name}: no difference from {first} shown{p}.'
     return f'{name} {", ".join(said)}.'

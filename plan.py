@@ -161,7 +161,7 @@ def own_numbers(shape, n_matrices, n_devices):
 
 
 def update_bytes(shapes, n_devices, itemsize):
-    """Return the most that Muon.step_round() has at a time, which goes from shape to shape."""
+    """Return about the most that Muon.step_round() has at a time: it goes from shape to shape."""
     most = updates = 0
     directions = 4 * sum(math.prod(shape) for shape in shapes.elements())  # in float32, still to do
     for shape, n_matrices in shapes.items():
@@ -392,10 +392,9 @@ def print_size(model, data, missing, config):
     flops = model.flops_per_token(config['block_size'])
 
     dataset = f'{" + ".join(missing)} is not prepared yet'
-    epochs = None
+    epochs = data.epochs(tokens // config['block_size']) if data else None
     if data:
         dataset = data.describe()
-        epochs = data.epochs(tokens // config['block_size'])
     elif config['init_from'] in OWN_MODELS:
         dataset += ": GPT-2's vocabulary is assumed"
 

@@ -56,7 +56,7 @@ CUT = re.compile(r'(?s:.*)(?:[^\W_](?=[\s.,;:!?…。，、；：！？])|\S(?= 
 # The regular expressions of tiktoken and rustbpe give up within a million white space characters.
 MOST_SPACES = 500_000
 LONG_SPACE = re.compile(rf'(?<!\s)\s{{{MOST_SPACES},}}')
-PROBED_SPACE = re.compile(r'\s{10}')  # that many of a tenth of MOST_SPACES apart
+PROBED_SPACE = re.compile(r'\s{10}')  # among every 50,000th character
 # Other columns do not matter, however long their numbers are.
 JSON = json.JSONDecoder(parse_int=lambda digits: 0)
 JSON_GAP = re.compile(r'[\s,]*')  # between two values
@@ -203,7 +203,7 @@ def cut_spaces(pieces):
     """Cut where there are too many white space characters in a row for tokenizers."""
     for text, ends in pieces:
         start = 0
-        # Of every so many characters one is looked at first: few texts have to be searched.
+        # First a few characters of the text, a tenth of MOST_SPACES apart: few have to be searched.
         may_have = PROBED_SPACE.search(text[:: MOST_SPACES // 10])
         for run in LONG_SPACE.finditer(text) if may_have else ():
             for stop in range(run.start() + MOST_SPACES, run.end(), MOST_SPACES):

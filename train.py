@@ -401,7 +401,7 @@ def begin():
     if not eval_only:
         factors = (batch_size, gradient_accumulation_steps, block_size)
         # A run that resumes may have had another batch size before.
-        n_windows = progress.windows_seen + (max_iters - progress.step) * windows_per_step
+        n_windows = progress.windows_seen + max(0, max_iters - progress.step) * windows_per_step
         report.print_length(max_iters, factors, n_windows * block_size, data.epochs(n_windows))
     if writes:
         report.start_tracker(tracker, out_dir, run_config, progress.step)

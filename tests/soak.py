@@ -125,7 +125,7 @@ def has_ended(pid):
 
 
 def wait(pids, until=None, enough=all):
-    """Wait for processes to end, or until a time. Raises Broken when they take LONGEST seconds."""
+    """Wait for processes to end, all or any, or until a time. Raises Broken after LONGEST s."""
     deadline = time.monotonic() + LONGEST
     while not enough(map(has_ended, pids)):
         if until is not None and time.monotonic() >= until:

@@ -563,6 +563,8 @@ def test_tokens_of_another_batch_size_before_are_counted(run, sheep, tmp_path):
     line = f'steps   5, each 7 x 1 x 16 = 112 tokens: {n_tokens}\n'
     assert f'{line}        {epochs:.2f} epochs of it\n' in result.out
     assert losses(tmp_path / 'out', 'tokens')[5] == n_tokens
+    flags = ['--max_iters=2', '--batch_size=90', '--block_size=16', '--init_from=resume']
+    assert f' 1,440 tokens: {n_tokens}\n' in train(run, *flags).out  # it has been longer
 
 
 def test_a_run_does_not_go_on_with_another_text(run, sheep):
