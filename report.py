@@ -85,7 +85,7 @@ def print_resumed(saved, lr, lr_before, is_complete):
 
 
 def print_length(n_steps, factors, n_tokens, epochs):
-    """Print the steps of a run, and its tokens. factors: of those in a step; epochs: text or None."""
+    """Print the steps of a run, and its tokens. factors: of those in a step. epochs: or None."""
     each = f'{" x ".join(map(str, factors))} = {math.prod(factors):,}'
     print_line(f'steps   {n_steps:,}, each {each} tokens: {n_tokens:,}')
     if epochs:
