@@ -76,7 +76,7 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    dropout: float = 0.0
+    dropout: float = 0.0  # of the embedding and of what blocks add; attention has none
     bias: bool = True  # gpt2 only
     n_kv_head: int | None = None  # heads of keys and values, not in gpt2; None: n_head
     head_dim: int | None = None  # None: n_embd / n_head
@@ -280,10 +280,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(positions, k, v)  # (B, KV, S, D)
 
-        dropout = self.config.dropout if self.training else 0.0
         with torch.autocast('cpu', enabled=False) if is_upcast else contextlib.nullcontext():
             y = F.scaled_dot_product_attention(
-                q, k, v, mask, dropout, is_causal=mask is None, enable_gqa=KV < H
+                q, k, v, mask, is_causal=mask is None, enable_gqa=KV < H
             )
         return self.proj(y.transpose(1, 2).reshape(B, T, H * D))
 
@@ -902,7 +901,7 @@ def to_hf_config(model, special_ids):
         del config['rope_scaling']
     if c.arch == 'gpt2':
         config.update(activation_function='gelu_new', n_ctx=c.block_size)
-        config.update(attn_pdrop=c.dropout, embd_pdrop=c.dropout, resid_pdrop=c.dropout)
+        config.update(attn_pdrop=0.0, embd_pdrop=c.dropout, resid_pdrop=c.dropout)
     else:
         rope = {'rope_type': 'default', **(c.rope_scaling or {}), 'rope_theta': c.rope_theta}
         config.update(hidden_act='silu', rope_parameters=rope)

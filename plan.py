@@ -2,9 +2,8 @@
 
 The peak memory is that of one step with fake tensors (torch's FakeTensorMode), which have shapes
 but no contents: the most bytes of tensors alive at once. A real step takes that much, and what the
-allocator itself loses, and on CUDA about half a GiB for the driver. A compiled step takes less;
-attention with dropout on a CPU takes more. Floating-point operations are those of
-GPT.flops_per_token.
+allocator itself loses, and on CUDA about half a GiB for the driver. A compiled step takes less.
+Floating-point operations are those of GPT.flops_per_token.
 
 Under FSDP each of N devices keeps 1/N of weights, gradients and optimizer state. Gathered at a time
 are what is around the blocks, in float32, and two blocks, in the dtype of the computation (Zhao et
@@ -96,8 +95,7 @@ def dry_run(shape, knobs, activation_checkpointing, where='cpu', block_dtype=Non
     """
     live = []  # bytes at the end of the blocks
     with FakeTensorMode(), Memory() as memory:
-        model = GPT(replace(shape))
-        model.config.dropout = 0.0  # attention's, which on CUDA needs no memory; the others stay
+        model = GPT(shape)
         model.max_logits = MAX_LOGITS[where]
         for block in model.blocks:
             block.attn.upcasts = where == 'cpu'
