@@ -178,7 +178,7 @@ def choose(config):
     config = config | {'plan_gpu': gpu, 'plan_gpus': n_devices, 'max_epochs': n_epochs}
     recipe, n_tokens = climb(plan.with_dtype(config), data, n_unique)
     forget_peak_memory()  # of the models that were timed
-    if recipe['dropout'] == 0.0:  # its steps may be faster than they were when timed
+    if recipe['dropout'] == 0.0:  # the run, which times its steps again, may find them faster
         n_epochs = min(n_epochs, WITHOUT_DROPOUT)
     epochs = f'at most {n_epochs:g} epochs'
     say('        taken {n_layer} x {n_embd}, dropout {dropout}, '.format(**recipe) + epochs)

@@ -482,6 +482,8 @@ def test_from_here_to_transformers_and_back_is_bit_identical(tmp_path, shape, dt
     assert not any(report.values()), report
     assert opened.dtype == dtype
     assert opened.config.eos_token_id == model.config.vocab_size - 1
+    if model.config.arch == 'gpt2':
+        assert (opened.config.attn_pdrop, opened.config.resid_pdrop) == (0.0, 0.1)
     opened.save_pretrained(theirs)
     for folder in (ours, theirs):
         loaded = GPT.from_pretrained(folder)
