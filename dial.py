@@ -44,13 +44,16 @@ CHOSEN = (
 # the rules
 
 
-def tokens_per_parameter(n_tokens):
+def tokens_per_parameter(n_tokens, n_epochs):
     """Return how many tokens a model should see for each parameter, in a run of n_tokens.
 
     Few where the run is short: 20, the optimum for a given number of operations (Hoffmann et al.,
-    2022), supposes that the loss is not limited by the number of steps.
+    2022), supposes that the loss is not limited by the number of steps. More where it has many
+    epochs, in which large models overfit; four are about as good as new text (Muennighoff et al.,
+    2023, "Scaling data-constrained language models").
     """
-    return min(20.0, 1.3 * (n_tokens / 1e6) ** 0.4)
+    ratio = max(1.0, 0.4 * (n_tokens / 1e6) ** 0.57)
+    return min(20.0, ratio * max(1.0, n_epochs / 5))
 
 
 def pick_context(n_fresh):
@@ -217,7 +220,7 @@ def climb(config, data, n_unique):
         ratio = n_tokens / n_parameters
         what = f'{size[0]:>2} x {size[1]:<4} {human(n_parameters):>5} parameters'
         say(f'        {what}{human(round(rate)):>7} tokens/s{ratio:>9.3g} tokens per parameter')
-        if best and ratio < tokens_per_parameter(n_tokens):
+        if best and ratio < tokens_per_parameter(n_tokens, n_tokens / n_unique):
             break
         best = size, n_tokens
     size, n_tokens = best
