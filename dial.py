@@ -25,7 +25,7 @@ from report import human
 from runtime import UserError, forget_peak_memory
 
 LADDER = (  # layers and width
-    (1, 64), (2, 64), (2, 96), (2, 128), (3, 128), (3, 192), (4, 256), (5, 320), (6, 384),
+    (1, 64), (2, 64), (2, 96), (2, 128), (3, 128), (3, 192), (4, 192), (4, 256), (5, 320), (6, 384),
     (8, 512), (10, 640), (12, 768), (16, 1024), (20, 1280), (24, 1536), (32, 2048),
 )  # fmt: skip
 LEAST_TOKENS = 500  # with fewer there is nothing to choose
@@ -52,7 +52,7 @@ def tokens_per_parameter(n_tokens, n_epochs):
     epochs, in which large models overfit; four are about as good as new text (Muennighoff et al.,
     2023, "Scaling data-constrained language models").
     """
-    ratio = max(1.0, 0.4 * (n_tokens / 1e6) ** 0.57)
+    ratio = max(0.9, 0.4 * (n_tokens / 1e6) ** 0.57)
     return min(20.0, ratio * max(1.0, n_epochs / 5))
 
 
