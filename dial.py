@@ -30,6 +30,7 @@ LADDER = (  # layers and width
 )  # fmt: skip
 LEAST_TOKENS = 500  # with fewer there is nothing to choose
 MOST_EPOCHS = 20.0  # more overfit
+MANY_EPOCHS = 6.0  # with more a larger model is worse
 WITHOUT_DROPOUT = 8.0  # epochs; more overfit
 BYTES = 16  # of a parameter: weight, gradient and two moments. Other things have as much memory
 MOST_OF_MEMORY = 0.8  # of a GPU, by the plan
@@ -44,16 +45,17 @@ CHOSEN = (
 # the rules
 
 
-def tokens_per_parameter(n_tokens, n_epochs):
+def tokens_per_parameter(n_tokens, n_unique):
     """Return how many tokens a model should see for each parameter, in a run of n_tokens.
 
     Few where the run is short: 20, the optimum for a given number of operations (Hoffmann et al.,
-    2022), supposes that the loss is not limited by the number of steps. More where it has many
-    epochs, in which large models overfit; four are about as good as new text (Muennighoff et al.,
-    2023, "Scaling data-constrained language models").
+    2022), supposes that the loss is not limited by the number of steps. A text of n_unique is as
+    good as new for some epochs (Muennighoff et al., 2023, "Scaling data-constrained language
+    models"); with more of them a larger model overfits.
     """
-    ratio = max(0.9, 0.4 * (n_tokens / 1e6) ** 0.57)
-    return min(20.0, ratio * max(1.0, n_epochs / 5))
+    excess = max(1.0, n_tokens / n_unique / MANY_EPOCHS)
+    # n_tokens / excess are as good as new.
+    return min(20.0, excess * max(0.9, 0.4 * (n_tokens / excess / 1e6) ** 0.57))
 
 
 def pick_context(n_fresh):
@@ -220,7 +222,7 @@ def climb(config, data, n_unique):
         ratio = n_tokens / n_parameters
         what = f'{size[0]:>2} x {size[1]:<4} {human(n_parameters):>5} parameters'
         say(f'        {what}{human(round(rate)):>7} tokens/s{ratio:>9.3g} tokens per parameter')
-        if best and ratio < tokens_per_parameter(n_tokens, n_tokens / n_unique):
+        if best and ratio < tokens_per_parameter(n_tokens, n_unique):
             break
         best = size, n_tokens
     size, n_tokens = best

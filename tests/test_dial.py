@@ -123,10 +123,12 @@ def test_gpus_train_what_the_literature_says(choose):
 
 
 def test_many_epochs_are_for_smaller_models():
-    once = dial.tokens_per_parameter(4e6, 1)
-    assert once == dial.tokens_per_parameter(4e6, 4), 'four epochs are about as good as new text'
-    assert dial.tokens_per_parameter(4e6, 20) > 2 * once
-    assert dial.tokens_per_parameter(1e9, 1) == pytest.approx(20, rel=0.1)
+    once = dial.tokens_per_parameter(4e6, 4e6)
+    assert once == dial.tokens_per_parameter(4e6, 1e6), 'four epochs are about as good as new text'
+    assert dial.tokens_per_parameter(4e6, 2e5) > 2 * once
+    largest = [n_tokens / dial.tokens_per_parameter(n_tokens, 1e6) for n_tokens in (6e6, 2e7)]
+    assert largest[0] == pytest.approx(largest[1]), 'more of the same is for no larger model'
+    assert dial.tokens_per_parameter(1e9, 1e10) == pytest.approx(20, rel=0.1)
 
 
 @pytest.mark.parametrize(
