@@ -207,7 +207,7 @@ def test_a_run_by_the_dial_repeats_and_resumes(run, quick, sheep, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_skipped(run, quick, sheep, tmp_path):
-    flags = [FIT, '--dataset=sheep', '--device=cpu', '--max_minutes=0.01', '--init_from=auto']
+    flags = [FIT, '--dataset=sheep', '--device=cpu', '--max_minutes=0.03', '--init_from=auto']
     assert run('train.py', *flags, '--keep_last=5').code == 0
     *_, before, last = sorted((tmp_path / 'out-sheep').glob('step_*'))
     (last / 'meta.json').write_text('{')
