@@ -180,11 +180,13 @@ def choose(config):
     n_epochs = config['max_epochs'] or MOST_EPOCHS
     say(f'fit     {minutes:g} minutes on {n_devices} x {gpu}, {n_unique:,} tokens an epoch')
 
-    config = config | {'plan_gpu': gpu, 'plan_gpus': n_devices, 'max_epochs': n_epochs}
-    recipe, n_tokens = climb(plan.with_dtype(config), data, n_unique)
+    filled = config | {'plan_gpu': gpu, 'plan_gpus': n_devices, 'max_epochs': n_epochs}
+    recipe, n_tokens = climb(plan.with_dtype(filled), data, n_unique)
     forget_peak_memory()  # of the models that were timed
-    if recipe['dropout'] == 0.0:  # the run, which times its steps again, may find them faster
-        n_epochs = min(n_epochs, WITHOUT_DROPOUT)
+    # The run times its steps again, may find them faster, and would see the text more often. A flag
+    # for the epochs stays as it is.
+    if recipe['dropout'] == 0.0 and config['max_epochs'] is None:
+        n_epochs = WITHOUT_DROPOUT
     epochs = f'at most {n_epochs:g} epochs'
     say('        taken {n_layer} x {n_embd}, dropout {dropout}, '.format(**recipe) + epochs)
     n_val = sum(len(each.val) for each in data.datasets)

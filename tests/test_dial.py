@@ -158,6 +158,13 @@ def test_it_counts_the_epochs_that_are_asked_for(choose):
     assert size(few) < size(choose(150_000, 100))
 
 
+def test_it_says_the_epochs_that_the_run_may_take(choose, capsys):
+    recipe = choose(30_000_000, 1, max_epochs=12.0)  # a flag, which the run takes, too
+    assert recipe['dropout'] == 0.0
+    assert recipe['max_epochs'] == 12.0
+    assert 'at most 12 epochs' in capsys.readouterr().err
+
+
 def test_evaluations_take_a_fifth_of_the_time_at_most():
     few = dial.pick_intervals(1000, 10, 0.1)
     assert few['eval_interval'] == 1000, 'validation is ten times the training'
