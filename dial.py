@@ -176,7 +176,7 @@ def choose(config):
         raise UserError('config/fit.py times steps on one CPU: take one process, or --plan_gpu=.')
     n_unique = int(len(data.datasets[0].train) / shares[0])  # in an epoch
     if n_unique < LEAST_TOKENS:
-        raise UserError(f'{config["dataset"]} has {n_unique:,} tokens: too few to learn from.')
+        raise UserError(f'{config["dataset"]} has {n_unique:,} tokens: {LEAST_TOKENS} are needed.')
     n_epochs = config['max_epochs'] or MOST_EPOCHS
     say(f'fit     {minutes:g} minutes on {n_devices} x {gpu}, {n_unique:,} tokens an epoch')
 
@@ -200,7 +200,7 @@ def open_text(config):
     with contextlib.redirect_stdout(sys.stderr):
         data, missing = plan.open_data(config | {'block_size': 1, 'stride': None})
         if missing and config['plan']:  # which writes nothing
-            raise UserError(f'{missing[0]} is not prepared: the dial needs the text.')
+            raise UserError(f'{missing[0]} is not prepared: run python prepare.py first.')
         return data or Mixture(config['dataset'], 1)
 
 
@@ -237,8 +237,7 @@ def climb(config, data, n_unique):
 def time_recipe(model, config):
     """Return the seconds of a step: timed on a CPU, by the plan's formula on GPUs."""
     if config['plan_gpu'] == 'CPU':
-        seconds, _ = plan.time_step(model.config, config, at_most=1)
-        return seconds
+        return plan.time_step(model.config, config, at_most=1)[0]
     seconds, how = plan.compute_step(model, config)
     if seconds is None:
         raise UserError(f'The time of a step is {how}.')

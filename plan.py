@@ -415,7 +415,9 @@ def compute_step(model, config):
     peak_tflops, _ = GPUS[gpu]
     flops = tokens_per_step(config) * model.flops_per_token(config['block_size'])
     seconds = max(LAUNCH, flops / (peak_tflops * 1e12 * config['plan_mfu'] * n_gpus))
-    return seconds, f'on {n_gpus} x {gpu} at {config["plan_mfu"]:.0%} of {peak_tflops} TFLOP/s'
+    # It is plan_mfu, or less where launching takes longer than the work.
+    mfu = flops / (peak_tflops * 1e12 * seconds * n_gpus)
+    return seconds, f'on {n_gpus} x {gpu} at {mfu:.0%} of {peak_tflops} TFLOP/s'
 
 
 def print_time(config, seconds_per_step, how):

@@ -232,7 +232,7 @@ def test_tokens_of_nanogpt_are_taken_but_for_a_plan(run, quick, tmp_path):
     flags = [FIT, '--dataset=gpt2', '--device=cpu', '--max_minutes=0.001', '--format=json']
     planned = run('train.py', *flags, '--plan')
     assert planned.is_one_sentence
-    assert 'data/gpt2 is not prepared: the dial needs the text.' in planned.err
+    assert 'data/gpt2 is not prepared: run python prepare.py first.' in planned.err
     assert not (folder / 'meta.json').exists()
     result = run('train.py', *flags)
     assert result.code == 0, result.err
@@ -298,4 +298,4 @@ def test_a_text_of_a_few_words_is_refused(run, tmp_path):
     assert run('prepare.py', '--input=few.txt', '--tokenizer=byte').code == 0
     result = run('train.py', str(ROOT / 'config' / 'fit.py'), '--dataset=few', '--max_minutes=1')
     assert result.is_one_sentence, result.err
-    assert 'few has 44 tokens: too few to learn from' in result.err
+    assert 'few has 44 tokens: 500 are needed.' in result.err

@@ -369,6 +369,11 @@ def test_small_models_are_planned_in_mib(sheep, run):
     assert float(weights) == pytest.approx(n_bytes / 2**20, abs=0.02)
 
 
+def test_launching_is_not_counted_as_work(sheep, run):
+    out = run('train.py', '--plan', '--dataset=sheep', *TINY, '--plan_gpu=H100').out
+    assert 'on 1 x H100 at 0% of 989 TFLOP/s' in out
+
+
 # As wide as they get.
 WIDE_ROW = dict.fromkeys(COLUMNS, 2345.67 * 2 ** 30)
 WIDE_ROWS = dict.fromkeys(('DDP', 'FSDP', 'DDP recomputing', 'FSDP recomputing'), WIDE_ROW)
@@ -378,7 +383,7 @@ WIDE_ROWS = dict.fromkeys(('DDP', 'FSDP', 'DDP recomputing', 'FSDP recomputing')
 def test_every_gpu_has_lines_of_80_columns(sheep, run, monkeypatch, gpu):
     monkeypatch.setattr(plan, 'memory_rows', lambda *args: WIDE_ROWS)
     flags = ['--dataset=sheep', *TINY, '--gradient_accumulation_steps=64', '--plan_gpus=64']
-    flags += ['--max_iters=600000', '--plan_price=123.45', '--plan_network=12.5']
+    flags += ['--n_embd=32768', '--max_iters=600000', '--plan_price=123.45', '--plan_network=12.5']
     result = run('train.py', '--plan', *flags, f'--plan_gpu={gpu}', '--fsdp_replicas=8')
     assert result.code == 0, result.err
     tflops, room = GPUS[gpu]
