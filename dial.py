@@ -29,7 +29,7 @@ LADDER = (  # layers and width
     (8, 512), (10, 640), (12, 768), (16, 1024), (20, 1280), (24, 1536), (32, 2048),
 )  # fmt: skip
 LEAST_TOKENS = 500  # with fewer there is nothing to choose
-MOST_EPOCHS = 20.0  # more overfit
+MOST_EPOCHS = 20.0  # more were not tried
 MANY_EPOCHS = 6.0  # with more a larger model is worse
 WITHOUT_DROPOUT = 8.0  # epochs; more overfit
 BYTES = 16  # of a parameter: weight, gradient and two moments. Other things have as much memory
@@ -200,7 +200,7 @@ def open_text(config):
     with contextlib.redirect_stdout(sys.stderr):
         data, missing = plan.open_data(config | {'block_size': 1, 'stride': None})
         if missing and config['plan']:  # which writes nothing
-            raise UserError(f'{missing[0]} is not prepared: run python prepare.py first.')
+            raise UserError(f'{missing[0]} is not prepared, and a plan writes nothing. Omit it.')
         return data or Mixture(config['dataset'], 1)
 
 

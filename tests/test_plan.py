@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import test_worlds
@@ -369,9 +370,16 @@ def test_small_models_are_planned_in_mib(sheep, run):
     assert float(weights) == pytest.approx(n_bytes / 2**20, abs=0.02)
 
 
-def test_launching_is_not_counted_as_work(sheep, run):
-    out = run('train.py', '--plan', '--dataset=sheep', *TINY, '--plan_gpu=H100').out
-    assert 'on 1 x H100 at 0% of 989 TFLOP/s' in out
+def test_launching_is_not_counted_as_work():
+    model = SimpleNamespace(flops_per_token=lambda block_size: 1e9)
+    config = {'batch_size': 1, 'gradient_accumulation_steps': 8, 'block_size': 989}
+    config |= {'dtype': 'bfloat16', 'plan_gpu': 'H100', 'plan_gpus': 4, 'plan_mfu': 0.4}
+    # 7.9 TFLOP in 10 ms, of which four could do 39.6.
+    assert plan.compute_step(model, config) == (0.01, 'on 4 x H100 at 20% of 989 TFLOP/s')
+    config['block_size'] *= 10
+    seconds, how = plan.compute_step(model, config)
+    assert seconds == pytest.approx(0.05)
+    assert 'at 40%' in how
 
 
 # As wide as they get.
