@@ -200,7 +200,7 @@ def open_text(config):
     with contextlib.redirect_stdout(sys.stderr):
         data, missing = plan.open_data(config | {'block_size': 1, 'stride': None})
         if missing and config['plan']:  # which writes nothing
-            raise UserError(f'{missing[0]} is not prepared, and a plan writes nothing. Omit it.')
+            raise UserError(f'{missing[0]} is not prepared, which a plan does not do: omit --plan.')
         return data or Mixture(config['dataset'], 1)
 
 

@@ -232,7 +232,7 @@ def test_tokens_of_nanogpt_are_taken_but_for_a_plan(run, quick, tmp_path):
     flags = [FIT, '--dataset=gpt2', '--device=cpu', '--max_minutes=0.001', '--format=json']
     planned = run('train.py', *flags, '--plan')
     assert planned.is_one_sentence
-    assert 'data/gpt2 is not prepared, and a plan writes nothing' in planned.err
+    assert 'data/gpt2 is not prepared, which a plan does not do: omit --plan.' in planned.err
     assert not (folder / 'meta.json').exists()
     result = run('train.py', *flags)
     assert result.code == 0, result.err
