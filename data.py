@@ -78,7 +78,6 @@ class Dataset:
     def load(self, verify):
         self.kind = self.meta['tokenizer']
         self.vocab_size = int(self.meta['vocab_size'])
-        self.end_of_text = self.meta['end_of_text']
         if self.tokenizer.n_vocab != self.vocab_size:
             n = self.tokenizer.n_vocab
             raise UserError(f'the tokenizer has {n:,} tokens, meta.json {self.vocab_size:,}')
@@ -127,10 +126,9 @@ class Dataset:
 
         vocab_size: of the model, which may have a few tokens more to round the number up.
         """
-        is_same = tokenizers.same_vocabulary(tokenizer, self.tokenizer)
         # A tokenizer may have tokens that the model has not, such as one for padding.
         highest = max(self.meta[split].get('highest', 0) for split in SPLITS)
-        if not is_same:
+        if tokenizer.vocabulary() != self.tokenizer.vocabulary():
             name = 'gpt2' if source in PUBLISHED else source
             what = f'The model {source} has a vocabulary of {tokenizer.n_vocab:,} tokens'
             other = f'{self.folder} another one of {self.vocab_size:,}'
@@ -431,7 +429,7 @@ class Mixture:
         first, *others = self.datasets
         self.tokenizer = first.tokenizer
         for other in others:
-            if not tokenizers.same_vocabulary(first.tokenizer, other.tokenizer):
+            if first.tokenizer.vocabulary() != other.tokenizer.vocabulary():
                 what = f'{first.folder} and {other.folder} have different vocabularies'
                 raise UserError(f'{what}: prepare the other with --tokenizer={first.folder}.')
 

@@ -315,23 +315,19 @@ def publish(draft, target, meta):
 
     The old train.bin leaves first, and the new one comes last: with it, the dataset is complete.
     """
-    moves = {}  # {file of the draft: its name in the dataset}
+    moves = {draft.folder / 'meta.json': 'meta.json'}  # {file of the draft: its name}
     for name in tokenizers.FILES:
         if (draft.folder / name).exists():
             moves[draft.folder / name] = name
     for split in reversed(SPLITS):
         paths = token_files(draft.folder, split)
-        names = [path.name for path in paths]
         meta[split] = dict(draft.totals[split])
         if len(paths) > 1:
-            meta[split]['files'] = names
-        else:
-            names = [f'{split}.bin']
+            meta[split]['files'] = [path.name for path in paths]
         meta[split]['sha256'] = checksum(open_tokens(paths, draft.facts['dtype']))
-        pairs = [*zip(paths, names, strict=True)]
+        pairs = [*zip(paths, split_files(meta, split), strict=True)]
         moves |= dict(pairs[::-1])  # the first file last: with it, the dataset is there
     (draft.folder / 'meta.json').write_text(json.dumps(meta, indent=1) + '\n')
-    moves = {draft.folder / 'meta.json': 'meta.json', **moves}
 
     target.mkdir(parents=True, exist_ok=True)
     old = [target / 'train.bin', *token_files(target, 'train')]

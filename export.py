@@ -195,19 +195,18 @@ def add_vocabulary(writer, model, tokenizer):
             print('Note: llama.cpp puts a space before a text that begins with a space, too.')
     writer.add_add_space_prefix(bool(puts_space))
 
-    special = dict(tokenizer.special_ids)
+    special = tokenizer.special_ids
     ends = sorted(id for id in model.stop_ids() if id < model.config.vocab_size)
-    if ends and 'eos' not in special:
-        special['eos'] = ends[0]
-    others = [id for id in ends if id != special['eos']]
-    if 'eos' not in special:
+    eos = special.get('eos', min(ends, default=None))
+    if eos is None:
         # llama.cpp would take the token with id 11 for it.
         raise UserError(NO_END)
+    others = [id for id in ends if id != eos]
     bos = special.get('bos')
     if tokenizer.prefix not in ([], [bos]) or len(others) > 2:
         raise UserError('llama.cpp cannot begin or end a text as this model does: not exported.')
-    writer.add_eos_token_id(special['eos'])
-    writer.add_bos_token_id(special.get('bos', special['eos']))
+    writer.add_eos_token_id(eos)
+    writer.add_bos_token_id(special.get('bos', eos))
     if 'pad' in special:
         writer.add_pad_token_id(special['pad'])
     for id, add in zip(others, (writer.add_eot_token_id, writer.add_eom_token_id), strict=False):

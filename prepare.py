@@ -292,23 +292,21 @@ def describe_documents(splits, end_of_text):
 
     splits: their tokens. Copies are documents with the same tokens as one before.
     """
-    n_documents = 0
     longest = 0
     shortest = math.inf
-    hashes = array('q')
+    hashes = array('q')  # one of each document
     for tokens in splits:
         start = 0
         for block in range(0, len(tokens), 2**22):
             ends = np.flatnonzero(tokens[block : block + 2**22] == end_of_text)
             for end in (ends + block).tolist():
-                n_documents += 1
                 longest = max(longest, end - start)
                 shortest = min(shortest, end - start)
                 hashes.append(hash(tokens[start:end].tobytes()))
                 start = end + 1
             release(tokens)
     n_copies = len(hashes) - len(np.unique(hashes))
-    return n_documents, longest, shortest, n_copies
+    return len(hashes), longest, shortest, n_copies
 
 
 def print_report(target, meta, oddities, encoding):

@@ -346,11 +346,8 @@ def read_json(source, column):
     """Read the values of a list, or of a file with one value after the other."""
     decode = JSON.raw_decode
     blocks = read_blocks(source)
-    text = ''
-    for block in blocks:
-        text = block.lstrip('\ufeff \t\r\n')
-        if text:
-            break
+    stripped = (block.lstrip('\ufeff \t\r\n') for block in blocks)
+    text = next(filter(None, stripped), '')  # the first block that has any
     is_list = text.startswith('[')
     at = 1 if is_list else 0
     number = 1
@@ -532,8 +529,7 @@ def hub_source(url, streaming):
         open_file = partial(hub.open, url, 'rb')
     else:
         where = {'repo_type': 'dataset', 'revision': revision}
-        download = partial(hf_hub_download, repository, path, **where)
-        [local] = retry(lambda: [download()], name)
+        [local] = retry(lambda: [hf_hub_download(repository, path, **where)], name)
         open_file = partial(open, local, 'rb')
     return Source(name, open_file, about['size'], about['blob_id'], streaming)
 

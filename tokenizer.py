@@ -212,11 +212,6 @@ def _library_errors():
         raise UserError(f'the library tokenizers cannot use it: {reason}.') from None
 
 
-def same_vocabulary(a, b):
-    """Tell whether two tokenizers have the same tokens under the same ids."""
-    return a.vocabulary() == b.vocabulary()
-
-
 # -----------------------------------------------------------------------------
 # our own
 
@@ -254,11 +249,10 @@ class OwnTokenizer:
         self.files = files or self._make_files()
 
     def _make_files(self):
-        end_of_text = None if self.end_of_text is None else END_OF_TEXT
         contents = _to_json(self.pattern, self.ranks, self.special)
         return {
             'tokenizer.json': json.dumps(contents, ensure_ascii=False).encode(),
-            'tokenizer_config.json': _config_file(end_of_text, end_of_text),
+            'tokenizer_config.json': _config_file(self.names),
         }
 
     def copy(self):
@@ -362,15 +356,14 @@ def _list_merges(ranks):
 
     tiktoken merges any two neighbours whose bytes together are a token, so each such pair is here.
     """
-    written = {token: _to_chars(token) for token in ranks}
-    merges = []  # (id of both together, of the left, of the right, and the two as they are written)
+    written = {id: _to_chars(token) for token, id in ranks.items()}
+    merges = []  # (id of both together, of the left, of the right)
     for token, id in ranks.items():
         for i in range(1, len(token)):
             left, right = token[:i], token[i:]
             if left in ranks and right in ranks:
-                pair = [written[left], written[right]]
-                merges.append((id, ranks[left], ranks[right], pair))
-    return [pair for *_, pair in sorted(merges)]
+                merges.append((id, ranks[left], ranks[right]))
+    return [[written[left], written[right]] for _, left, right in sorted(merges)]
 
 
 def _to_chars(token):
@@ -436,8 +429,7 @@ class PublishedTokenizer:
         if 'tokenizer_config.json' not in files:
             for role, id in self.special_ids.items():
                 self.names[f'{role}_token'] = self.hf.id_to_token(id)
-            texts = [self.names.get(role) for role in ('bos_token', 'eos_token')]
-            self.files['tokenizer_config.json'] = _config_file(*texts)
+            self.files['tokenizer_config.json'] = _config_file(self.names)
 
         # Some added tokens, such as special ones, eat white space beside them or put some there.
         added = [token.content for token in self.hf.get_added_tokens_decoder().values()]
@@ -563,12 +555,12 @@ def _check_size(n_vocab):
         raise UserError(f'its ids go up to {n_vocab - 1:,}: there may be 1 to {MOST_TOKENS:,}.')
 
 
-def _config_file(bos, eos):
+def _config_file(names):
     """Return a tokenizer_config.json for transformers, as bytes."""
     config = {
         'tokenizer_class': 'PreTrainedTokenizerFast',
-        'bos_token': bos,
-        'eos_token': eos,
+        'bos_token': names.get('bos_token'),
+        'eos_token': names.get('eos_token'),
         'clean_up_tokenization_spaces': False,
     }
     return json.dumps(config, ensure_ascii=False).encode()
