@@ -300,9 +300,10 @@ def load_run(out_dir, config, data):
     meta = read_meta(path)
     knobs = meta['config']
     check_shape(path, out_dir, config, knobs)
-    optimizer = knobs.get('optimizer')
-    if optimizer != config['optimizer']:
-        raise UserError(f"{path} was trained with optimizer='{optimizer}': resume it with this.")
+    for name in ('optimizer', 'average_frac'):  # their state is in the checkpoint
+        before = knobs.get(name)
+        if before != config[name]:
+            raise UserError(f'{path} was trained with {name}={before!r}: resume it with this.')
     # Another text, or other weights of a mixture: a position would mean another window.
     is_same_text = meta['data'] == data.fingerprint()
     dataset = knobs.get('dataset')

@@ -32,13 +32,13 @@ LEAST_TOKENS = 500  # with fewer there is nothing to choose
 MOST_EPOCHS = 20.0  # more were not tried
 MANY_EPOCHS = 6.0  # with more a larger model is worse
 WITHOUT_DROPOUT = 8.0  # epochs; more overfit
-BYTES = 16  # of a parameter: weight, gradient and two moments. Other things have as much memory
+BYTES = 20  # of a parameter: weight, gradient, moments and average. Others have as much memory
 MOST_OF_MEMORY = 0.8  # of a GPU, by the plan
 # What a resumed run keeps.
 CHOSEN = (
     'arch n_layer n_embd n_head block_size batch_size gradient_accumulation_steps dropout '
     'optimizer learning_rate muon_lr muon_momentum beta1 weight_decay warmup_iters schedule '
-    'cooldown_frac eval_interval log_interval max_epochs max_iters lr_decay_iters'
+    'cooldown_frac average_frac eval_interval log_interval max_epochs max_iters lr_decay_iters'
 )
 
 # -----------------------------------------------------------------------------
@@ -76,6 +76,11 @@ def pick_batch(n_fresh):
 def pick_dropout(n_epochs):
     """Return dropout: 0.1 where a text is repeated so often that weight decay is not enough."""
     return 0.0 if n_epochs <= WITHOUT_DROPOUT else 0.1
+
+
+def pick_average(n_epochs):
+    """Return average_frac: of a text that is seen once, the average is no better."""
+    return 0.15 if n_epochs > 1 else None
 
 
 def pick_weight_decay(n_steps, steps_per_epoch):
@@ -134,7 +139,7 @@ def make_recipe(n_layer, n_embd, n_tokens, n_unique, config):
         'gradient_accumulation_steps': n_windows // batch_size * n_devices,
         'dropout': pick_dropout(n_tokens / n_unique),
         'optimizer': 'muon', 'muon_lr': 0.02, 'learning_rate': pick_learning_rate(n_embd),
-        'schedule': 'wsd', 'cooldown_frac': 0.9,
+        'schedule': 'wsd', 'cooldown_frac': 0.9, 'average_frac': pick_average(n_tokens / n_unique),
     }  # fmt: skip
     n_steps = max(1, n_tokens / tokens_per_step(recipe))
     decay = pick_weight_decay(n_steps, n_unique / tokens_per_step(recipe))

@@ -135,6 +135,40 @@ def check_device(arch, device, dtype):
         raise UserError(f'{what} {how} {torch.__version__}. Try another version, or --device=cpu.')
 
 
+@torch.no_grad()
+def average_weights(optimizers, step, average_frac):
+    """Move the running average of each trained weight towards the weight, after this many steps.
+
+    The average is over a fraction of the steps so far, so it is as good early as late: step t of T
+    counts as (t / T)^(1 / average_frac - 1) (Karras et al., 2024, "Analyzing and improving the
+    training dynamics of diffusion models", with its power function). 1.0 is the mean of all steps,
+    None: there is no average.
+    """
+    if average_frac is None:
+        return
+    share = 1 / (1 + average_frac * (step - 1))
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            if 'average' not in state:
+                state['average'] = parameter.detach().clone()
+            state['average'].lerp_(parameter, share)
+
+
+@torch.no_grad()
+def swap_averages(model, optimizers):
+    """Have the model take the averages of its weights, or take its weights back.
+
+    What it does not have is in `state[parameter]['average']`, so a checkpoint has both.
+    """
+    parallel.reshard(model)  # else what was gathered would be used further
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            if 'average' in state:
+                weight = parameter.detach().clone()
+                parameter.copy_(state['average'])
+                state['average'].copy_(weight)
+
+
 class SkippedSteps:
     """Counters, on the device, of the steps whose loss or gradient is not finite.
 

@@ -229,6 +229,13 @@ def is_sharded(model):
     return hasattr(model, 'reshard')
 
 
+def reshard(model):
+    """Drop the outermost parameters of a sharded model, which an evaluation leaves gathered."""
+    for module in model.modules():
+        if is_sharded(module):
+            module.reshard()
+
+
 def full_tensor(tensor):
     """Gather a sharded tensor; return any other one as it is."""
     return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
@@ -270,10 +277,7 @@ def copy_to_cpu(model, optimizers):
     The state is {name of the parameter: {name: tensor}}. Other processes get (None, {}), but must
     call it: sharded tensors are gathered one after the other, so that no device has all of them.
     """
-    for module in model.modules():
-        if is_sharded(module):
-            module.reshard()  # an evaluation leaves the outermost parameters gathered
-
+    reshard(model)
     is_main = rank == 0
     full_model = model.blank_copy() if is_main else None
     state = {}

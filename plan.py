@@ -34,9 +34,9 @@ import runtime
 from data import Mixture, dataset_folder, list_folder, parse_mixture
 from inference import load_tokenizer
 from model import GPT, MAX_FILE, MAX_LOGITS, PUBLISHED, GPTConfig, find_pretrained, read_config
-from optim import freeze, make_optimizers, make_rounds, parameter_groups
+from optim import average_weights, freeze, make_optimizers, make_rounds, parameter_groups
 from parallel import check_division
-from report import duration, print_length
+from report import duration, print_length, print_shape
 from runtime import GPUS, UserError, keep_freed_memory, make_autocast, peak_memory_gib
 
 # The columns of the table of memory, and their widths.
@@ -113,6 +113,7 @@ def dry_run(shape, knobs, activation_checkpointing, where='cpu', block_dtype=Non
             parameter.grad = torch.zeros_like(parameter)
         for optimizer in optimizers:
             optimizer.step()
+        average_weights(optimizers, 1, knobs['average_frac'])
 
         before = memory.peak = memory.now
         model.norm_f.register_forward_hook(lambda *_: live.append(memory.now))
@@ -171,7 +172,7 @@ def update_bytes(shapes, n_devices, itemsize):
     return most
 
 
-def shard(shape, knobs, whole, n_devices, recomputed=0):
+def shard(model, knobs, whole, n_devices, recomputed=0):
     """Return {what: bytes} on each of n_devices, from what dry_run() says of a single one.
 
     Beside their shares, devices hold the weights around the blocks, in float32, and
@@ -183,14 +184,11 @@ def shard(shape, knobs, whole, n_devices, recomputed=0):
     not kept.
     """
     block_dtype = getattr(torch, knobs['dtype'])  # autocast has nothing to copy then
-    row = dry_run(shape, knobs, recomputed > 0, 'gpu', block_dtype)
-    with torch.device('meta'):
-        model = GPT(shape)
-    freeze(model, knobs['freeze'])
+    row = dry_run(model.config, knobs, recomputed > 0, 'gpu', block_dtype)
     n_shards = n_devices // knobs['fsdp_replicas']
     n_in_blocks = sum(p.numel() for p in model.blocks.parameters())
     n_around = sum(p.numel() for p in model.parameters()) - n_in_blocks
-    n_in_block = n_in_blocks // shape.n_layer
+    n_in_block = n_in_blocks // model.config.n_layer
     block = n_in_block * block_dtype.itemsize
     at_the_loss = block + row['loss']
     in_a_block = 2 * block + 4 * n_in_block + 4 * model.lm_head.weight.numel() + recomputed
@@ -300,7 +298,7 @@ def print_plan(config):
         model = GPT(shape)
     freeze(model, config['freeze'])
 
-    print_model(model)
+    print_shape(model)
     rows = memory_rows(model, config)
     held = rows['DDP']
     saved = held['weights'] + held['optimizer']
@@ -352,12 +350,6 @@ def with_dtype(config):
 def room_gib(gpu):
     """Return the GiB of memory of a device."""
     return memory_of_this_machine() if gpu == 'CPU' else GPUS[gpu][1]
-
-
-def print_model(model):
-    shape = model.config
-    size = f'{shape.n_layer} layers, {shape.n_head} heads, n_embd {shape.n_embd}'
-    print(f'model   {shape.arch}, {size}: {model.count_parameters():,} parameters', flush=True)
 
 
 def count_steps(config, data, seconds):
@@ -459,6 +451,7 @@ def time_step(shape, config, at_most=5):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        average_weights(optimizers, 1, config['average_frac'])
         return time.perf_counter() - started
 
     micro_step(idx[:1])  # the first ones are slower
@@ -484,7 +477,7 @@ def memory_rows(model, config):
             whole = dry_run(model.config, config, recomputing, where)
             rows[f'DDP{label}'] = whole
             if n_gpus > config['fsdp_replicas'] and config['dtype'] != 'float16':
-                sharded = shard(model.config, config, whole, n_gpus, recomputed)
+                sharded = shard(model, config, whole, n_gpus, recomputed)
                 rows[f'FSDP{label}'] = sharded
                 recomputed = sharded['activations'] // model.config.n_layer
     return rows

@@ -50,23 +50,26 @@ def print_line(text):
             runtime.request_stop(signal.SIGTERM, None)
 
 
+def print_shape(model):
+    """Print the architecture of a model and its size."""
+    c = model.config
+    size = f'{c.n_layer} layers, {c.n_head} heads, n_embd {c.n_embd}'
+    print_line(f'model   {c.arch}, {size}: {model.count_parameters():,} parameters')
+
+
 def print_model(model, data, device, precision, compiles, parallel):
     """Print what is trained, with a Mixture, and on what."""
     import torch
 
-    c = model.config
-    size = f'{c.n_layer} layers, {c.n_head} heads, n_embd {c.n_embd}'
     where = device
     if torch.device(device).type == 'cpu':
         where += f' ({torch.get_num_threads()} threads)'
     if parallel.launched:
         where += f' x {parallel.world_size} processes'
     compiled = 'compiled' if compiles else 'not compiled'
-    print_line(
-        f'model   {c.arch}, {size}: {model.count_parameters():,} parameters\n'
-        f'data    {data.describe()}\n'
-        f'device  {where}, {precision}, {compiled}'
-    )
+    print_shape(model)
+    print_line(f'data    {data.describe()}')
+    print_line(f'device  {where}, {precision}, {compiled}')
 
 
 def print_resumed(saved, lr, lr_before, is_complete):
@@ -120,9 +123,8 @@ def print_estimate(seconds, n_steps, dataset):
 def print_to_stderr(on):
     """Leave standard output, or not, to the last record of a run, which a program reads."""
     global _record_file
-    if on:
-        _record_file = sys.stdout
     if on and os.environ.get('RANK', '0') == '0':  # the other processes print nowhere
+        _record_file = sys.stdout
         sys.stdout = sys.stderr
 
 
@@ -215,7 +217,8 @@ def print_summary(out_dir, progress, n_tokens, model, device):
         'tokens': n_tokens, 'parameters': model.count_parameters(),
         'gib': runtime.peak_memory_gib(device),
     }  # fmt: skip
-    final = {name: value for name, value in final.items() if _is_json(value)}
+    # JSON has neither NaN nor infinity: they are left out.
+    final = {name: v for name, v in final.items() if v is None or math.isfinite(v)}
     log(log_path, step=progress.step, final=final)
     best = f'{progress.best_val_loss:.4f}, at step {progress.best_step:,}'
     sampled = ': that checkpoint is sampled'
@@ -348,11 +351,6 @@ def read_log(folder):
 def all_records(path):
     """Return the records of a log; none where it was deleted."""
     return [record for _, record in _read_lines(path)]
-
-
-def _is_json(value):
-    """Return whether a figure can be written as JSON, which has neither NaN nor infinity."""
-    return value is None or math.isfinite(value)
 
 
 def last_value(path, name, last_step=math.inf):

@@ -77,6 +77,7 @@ weight_decay = 1e-1  # of matrices and embeddings, not of norms and biases
 beta1 = 0.9  # AdamW's
 beta2 = 0.95  # AdamW's
 grad_clip = 1.0  # clip the gradient's norm to this; 0.0: do not clip
+average_frac: float | None = None  # evaluate and save weights averaged over this part of the steps
 # learning rate schedule
 decay_lr = True  # False: constant, without a warmup, as in nanoGPT
 warmup_iters = 0  # steps of linear warmup
@@ -104,12 +105,11 @@ config = configure(globals())  # sets the knobs above from config files and flag
 
 check_range(config, 1, 10**9, 'batch_size gradient_accumulation_steps block_size plan_gpus')
 check_range(config, 1, 10**9, 'eval_interval log_interval save_weights_interval sample_interval')
-check_range(config, 1, 10**9, 'keep_last early_stopping_patience max_skipped_steps')
-check_range(config, 1, 10**9, 'fsdp_replicas')
+check_range(config, 1, 10**9, 'keep_last early_stopping_patience max_skipped_steps fsdp_replicas')
 check_range(config, 0, 10**18, 'max_iters seed warmup_iters lr_decay_iters')
 check_range(config, 0, 10**18, 'learning_rate muon_lr min_lr weight_decay grad_clip')
 check_range(config, 0, 1 - 1e-6, 'beta1 beta2 muon_momentum muon_beta2')
-check_range(config, 1e-6, 1, 'cooldown_frac plan_mfu')
+check_range(config, 1e-6, 1, 'cooldown_frac plan_mfu average_frac')
 check_range(config, 1e-6, 10**9, 'plan_price plan_network max_epochs max_minutes')
 check_range(config, 1, block_size, 'stride')
 if not out_dir:
@@ -173,8 +173,8 @@ shape = {field.name: config[field.name] for field in fields(GPTConfig) if field.
 run_config = dict(config)  # is saved with the run; init_from says what it first started from
 tokenizer = data.tokenizer
 
+progress = checkpoint.Progress()
 if from_scratch:
-    progress = checkpoint.Progress()
     torch.manual_seed(seed)
     model = GPT(GPTConfig(vocab_size=tokenizer.n_vocab, **shape))
     run_config['init_from'] = 'scratch'
@@ -185,7 +185,6 @@ elif resuming:
     tokenizer = load_tokenizer(saved.path, model.config.vocab_size)
     run_config['init_from'] = saved.meta['config']['init_from']
 else:
-    progress = checkpoint.Progress()
     folder = find_pretrained(init_from)
     model = GPT.from_pretrained(folder, block_size, dropout=dropout)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
@@ -193,9 +192,6 @@ else:
         each.check_vocabulary(tokenizer, model.config.vocab_size, init_from)
     # block_size stays the knob, the length of the windows: a rotary model's own is its context.
     run_config.update({name: getattr(model.config, name) for name in shape if name != 'block_size'})
-
-# A budget in epochs or minutes becomes a number of steps once: a run that resumes keeps it.
-has_budget = max_epochs is not None or max_minutes is not None
 
 
 def set_length(n_steps, n_decay_steps=None):
@@ -207,7 +203,8 @@ def set_length(n_steps, n_decay_steps=None):
     run_config.update(max_epochs=None, max_minutes=None)
 
 
-if has_budget and resuming:
+# A budget in epochs or minutes becomes a number of steps once: a run that resumes keeps it.
+if resuming and (max_epochs or max_minutes):
     set_length(saved.meta['config']['max_iters'], saved.meta['config']['lr_decay_iters'])
 elif max_epochs is not None:
     set_length(data.steps(max_epochs, windows_per_step))
@@ -239,6 +236,7 @@ optimizers = optim.make_optimizers(
 )  # fmt: skip
 if resuming:
     parallel.restore_optimizers(model, optimizers, saved.optimizer)
+    optim.swap_averages(model, optimizers)  # a checkpoint's weights are the averages
     saved.optimizer = None  # it is large
     if scaler.is_enabled() and saved.scaler:  # the run may have had another dtype before
         scaler.load_state_dict(saved.scaler)
@@ -284,8 +282,7 @@ def tokens_seen():
 
 
 def out_of_patience():
-    patience = early_stopping_patience or math.inf
-    return progress.evals_since_best >= patience
+    return progress.evals_since_best >= (early_stopping_patience or math.inf)
 
 
 def fail(message):
@@ -464,6 +461,7 @@ while True:
         clock.pause()
         progress.train_seconds = clock.seconds
         check_skipped_steps()
+        optim.swap_averages(model, optimizers)
         if sample_now:  # before the checkpoint of this step: a run that resumes there has it
             print_sample()
         val_loss = None
@@ -493,6 +491,7 @@ while True:
         if weights_now:
             outcome = save_checkpoint(val_loss, must_succeed=is_last, weights_only=True)
             report.print_line(f'{step:>9,}  {outcome}')
+        optim.swap_averages(model, optimizers)
         clock.resume()
     if done or stop_signal:
         break
@@ -548,6 +547,7 @@ while True:
         opt.zero_grad(set_to_none=True)
     scaler.update()
     progress.step += 1
+    optim.average_weights(optimizers, progress.step, average_frac)
     progress.windows_seen += windows_per_step
 
     # ---- from here on nothing but logging

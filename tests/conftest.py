@@ -217,9 +217,9 @@ def losses(out, key='val_loss'):
     return {record['step']: record[key] for record in records(out) if key in record}
 
 
-def weights(out, step):
+def weights(out, step, kind='step'):
     """The weights of a run's checkpoint; a copy, since a memory map would follow later damage."""
-    return load((out / f'step_{step:08d}' / 'model.safetensors').read_bytes())
+    return load((out / f'{kind}_{step:08d}' / 'model.safetensors').read_bytes())
 
 
 def same(a, b):

@@ -31,6 +31,7 @@ KNOBS = {
     'out_dir': 'out',
     'eval_only': False,
     'optimizer': 'adamw',
+    'average_frac': None,
     'learning_rate': 0.1,
     'dropout': 0.0,
     'arch': 'gpt2',

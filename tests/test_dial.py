@@ -53,7 +53,8 @@ def choose(monkeypatch, run, quick):
         config = {
             'dataset': 'text', 'max_minutes': minutes, 'init_from': 'scratch', 'out_dir': 'out',
             'plan': True, 'plan_gpus': 1, 'plan_gpu': 'CPU', 'plan_mfu': 0.4, 'dtype': 'auto',
-            'device': 'cpu', 'freeze': None, 'bias': True, 'n_kv_head': None, 'max_epochs': None,
+            'device': 'cpu', 'freeze': None, 'average_frac': None, 'bias': True, 'n_kv_head': None,
+            'max_epochs': None,
         }  # fmt: skip
         return dial.choose(config | knobs)
 
@@ -97,6 +98,8 @@ def test_epochs_are_few_enough_and_call_for_dropout(choose):
     once = choose(30_000_000, 1)
     often = choose(150_000, 100)
     assert once['dropout'] == 0.0 < often['dropout']
+    assert once['average_frac'] is None, 'of one epoch it is no better'
+    assert 0 < often['average_frac'] < 1
     assert once['max_epochs'] == 8, 'more would overfit without dropout'
     assert often['max_epochs'] == 20
 
@@ -115,7 +118,7 @@ def test_gpus_train_what_the_literature_says(choose):
     assert 15 < n_tokens / n_parameters < 60
     assert recipe['gradient_accumulation_steps'] % 8 == 0
     assert recipe['learning_rate'] < 0.005
-    config = {'dtype': 'bfloat16', 'freeze': None, **recipe}
+    config = {'dtype': 'bfloat16', 'freeze': None, 'average_frac': None, **recipe}
     assert plan.dry_run(shape, config, False, 'gpu')['peak'] < 0.8 * 80 * 2**30
     small = choose(10**11, 9, n_vocab=50257, plan_gpu='T4')
     # The optimum grows as the root of the operations (Hoffmann et al.), of which a T4 has 1/122.
@@ -139,7 +142,7 @@ def test_what_it_chooses_fits_into_memory(choose, gpu, n_gpus, minutes):
     recipe = choose(10**11, minutes, n_vocab=50257, plan_gpu=gpu, plan_gpus=n_gpus)
     names = ('n_layer', 'n_head', 'n_embd', 'block_size')
     shape = GPTConfig(arch='qwen3', vocab_size=50257, **{name: recipe[name] for name in names})
-    config = {'dtype': 'bfloat16', 'freeze': None, **recipe}
+    config = {'dtype': 'bfloat16', 'freeze': None, 'average_frac': None, **recipe}
     room = plan.room_gib(gpu) * 2**30
     assert plan.dry_run(shape, config, False, 'gpu')['peak'] < room
     assert recipe['gradient_accumulation_steps'] % n_gpus == 0

@@ -146,8 +146,9 @@ def test_a_step_takes_the_memory_of_the_plan(arch, checkpointing):
     shape = GPTConfig(arch, 50257, 1024, n_layer=6, n_head=8, n_embd=512)
     knobs = {
         'batch_size': 8, 'block_size': 1024, 'optimizer': 'muon', 'dtype': 'bfloat16',
-        'freeze': None, 'learning_rate': 1e-3, 'beta1': 0.9, 'beta2': 0.95, 'weight_decay': 0.1,
-        'muon_lr': 0.02, 'muon_momentum': 0.95, 'muon_beta2': 0.95, 'grad_clip': 1.0,
+        'freeze': None, 'average_frac': None, 'learning_rate': 1e-3, 'beta1': 0.9, 'beta2': 0.95,
+        'weight_decay': 0.1, 'muon_lr': 0.02, 'muon_momentum': 0.95, 'muon_beta2': 0.95,
+        'grad_clip': 1.0,
     }  # fmt: skip
     planned = plan.dry_run(shape, knobs, checkpointing, 'gpu')['peak']
     torch.cuda.empty_cache()

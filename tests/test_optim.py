@@ -7,6 +7,7 @@ from conftest import losses, same, train, weights
 from model import GPT, GPTConfig
 from optim import (
     Muon,
+    average_weights,
     freeze,
     make_optimizers,
     make_rounds,
@@ -167,6 +168,29 @@ def test_it_learns_faster_than_adamw_and_resumes_to_the_same(run, sheep, tmp_pat
     train(run, *flags, '--optimizer=muon', '--max_iters=20', out='parts')
     train(run, *flags, '--optimizer=muon', '--max_iters=40', '--init_from=resume', out='parts')
     assert same(weights(tmp_path / 'muon', 40), weights(tmp_path / 'parts', 40))
+
+
+# -----------------------------------------------------------------------------
+# averages
+
+
+@pytest.mark.parametrize('frac', [1.0, 0.5, 0.1])
+def test_an_average_is_over_a_fraction_of_the_steps_so_far(frac):
+    """Of weights that are the number of their step, so the average says how old it is.
+
+    With t^(1/frac - 1) for step t that is T / (1 + frac) of T steps (Karras et al., 2024).
+    """
+    parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = torch.optim.SGD([parameter])
+    optimizer.state[parameter] = state = {}
+    for step in range(1, 3001):
+        parameter.data.fill_(step)
+        average_weights([optimizer], step, frac)
+        if step == 1:
+            assert state['average'] == 1
+        if step in (300, 3000):
+            assert state['average'].item() == pytest.approx(step / (1 + frac), rel=0.005)
+    assert frac < 1 or state['average'].item() == pytest.approx(3001 / 2), 'the mean of all'
 
 
 # -----------------------------------------------------------------------------

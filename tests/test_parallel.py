@@ -88,7 +88,7 @@ def test_many_processes_train_what_one_does(run, sheep, tmp_path, processes, mor
 
 def test_many_processes_share_the_work_of_muon_whole_or_sharded(run, sheep, tmp_path):
     flags = [*FLAGS, '--arch=qwen3', '--n_kv_head=1', '--optimizer=muon', '--weight_decay=0.1']
-    flags += ['--log_interval=1']
+    flags += ['--log_interval=1', '--average_frac=0.3']
     alone = train_alone(run, tmp_path, *flags, '--max_iters=20')
     for steps, more in ((10, []), (20, ['--fsdp'])):
         until = [f'--max_iters={steps}', '--lr_decay_iters=20', '--init_from=auto']
@@ -98,6 +98,18 @@ def test_many_processes_share_the_work_of_muon_whole_or_sharded(run, sheep, tmp_
     logged = losses(tmp_path / 'out', 'loss')
     assert list(logged) == list(range(1, 21))
     assert logged == pytest.approx(losses(alone, 'loss'), abs=1e-5)
+
+
+def test_sharded_averages_are_evaluated_and_then_gone(run, sheep, tmp_path):
+    """Also where no save puts away what the evaluation has gathered. So large a rate only harms."""
+    flags = [*FLAGS, '--max_iters=4', '--eval_interval=1', '--log_interval=1']
+    flags += ['--average_frac=0.5', '--always_save_checkpoint=False', '--learning_rate=0.3']
+    alone = train_alone(run, tmp_path, *flags)
+    result = in_ranks(2, 'train.py', *flags, '--fsdp', cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / 'out', 'loss') == pytest.approx(losses(alone, 'loss'), rel=1e-3)
+    assert losses(tmp_path / 'out') == pytest.approx(losses(alone), rel=1e-3)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / 'out')] == ['step_00000004']
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ DEEP = BASE | {'n_layer': 6, 'n_embd': 192, 'block_size': 256, 'batch_size': 12}
 WIDE = BASE | {'n_layer': 8, 'n_embd': 512, 'block_size': 64}
 RUNS = {
     'mostly activations': DEEP | {'batch_size': 4, 'dropout': 0.1},
-    'half of the weights': WIDE | {'n_embd': 384, 'freeze': 4},
+    'half of the weights': WIDE | {'n_embd': 384, 'freeze': 4, 'average_frac': 0.1},
 }
 LARGE_RUNS = {
     'muon, recomputed': DEEP
@@ -99,7 +99,7 @@ def test_planned_memory_is_what_a_run_takes(sheep, tmp_path, runs):
     nothing, *peaks = peaks_of_runs(tmp_path, {'nothing': BASE} | runs)
     for name, peak in zip(runs, peaks, strict=True):
         knobs = {'freeze': None, 'activation_checkpointing': False, 'dtype': 'float32'}
-        knobs = knobs | {'dropout': 0.0} | runs[name]
+        knobs = knobs | {'dropout': 0.0, 'average_frac': None} | runs[name]
         fields = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'dropout')
         shape = GPTConfig(vocab_size=257, **{field: knobs[field] for field in fields})
         planned = dry_run(shape, knobs, knobs['activation_checkpointing'])
@@ -129,8 +129,8 @@ def planned_and_simulated(shape, batch_size, optimizer, ranks, replicas=1):
     shape = GPTConfig(**shape)
     knobs = {
         'optimizer': optimizer, 'dtype': 'bfloat16', 'batch_size': batch_size, 'freeze': None,
-        'block_size': shape.block_size, 'fsdp_replicas': replicas, 'plan_gpu': 'H100',
-        'plan_gpus': ranks,
+        'average_frac': None, 'block_size': shape.block_size, 'fsdp_replicas': replicas,
+        'plan_gpu': 'H100', 'plan_gpus': ranks,
     }  # fmt: skip
     with torch.device('meta'):
         model = GPT(shape)

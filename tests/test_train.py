@@ -320,6 +320,33 @@ def test_looking_more_often_does_not_change_the_weights(run, sheep, tmp_path, ch
     assert same(weights(tmp_path / 'a', 6), weights(tmp_path / 'b', 6))
 
 
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_averages_are_saved_and_training_goes_on_without(run, sheep, tmp_path, optimizer):
+    """Of the weights after each step of a run without averages, in float64."""
+    flags = ['--max_iters=9', '--dropout=0.1', '--log_interval=1', f'--optimizer={optimizer}']
+    flags += ['--eval_interval=4', '--sample_interval=3', '--save_weights_interval=1']
+    averaging = [*flags, '--average_frac=0.4']
+    train(run, *flags, out='plain')
+    train(run, *averaging, out='averaged')
+    assert losses(tmp_path / 'plain', 'loss') == losses(tmp_path / 'averaged', 'loss')
+    assert losses(tmp_path / 'plain')[8] != losses(tmp_path / 'averaged')[8]
+
+    expected = {}
+    for step in range(1, 10):
+        last = weights(tmp_path / 'plain', step, 'weights')
+        for name, weight in last.items():
+            before = expected.get(name, torch.zeros(()))
+            expected[name] = before + (weight.double() - before) / (1 + 0.4 * (step - 1))
+        saved = weights(tmp_path / 'averaged', step, 'weights')
+        for name, weight in saved.items():
+            assert (weight - expected[name]).abs().max() < 1e-6, (step, name)
+    state = torch.load(tmp_path / 'averaged/step_00000009/train_state.pt', weights_only=True)
+    for name, weight in GPT.from_pretrained(tmp_path / 'plain/step_00000009').named_parameters():
+        assert torch.equal(state['optimizer'][name]['average'], weight), 'to resume from'
+    result = train(run, *averaging, '--init_from=resume', '--eval_only', out='averaged')
+    assert f'{losses(tmp_path / "averaged")[9]:.4f}  validation' in result.out
+
+
 @pytest.mark.parametrize(
     'what', ['a loss in chunks', pytest.param('compilation', marks=pytest.mark.slow)]
 )
@@ -447,6 +474,7 @@ def timeless(out):
 def test_resuming_is_as_if_it_never_stopped(run, sheep, tmp_path, dtype):
     flags = ['--max_iters=20', '--eval_interval=10', '--dropout=0.2', '--warmup_iters=5']
     flags += ['--log_interval=3', '--gradient_accumulation_steps=2', f'--dtype={dtype}']
+    flags += ['--average_frac=0.2']
     train(run, *flags, out='whole')
     shutil.copytree(tmp_path / 'whole', tmp_path / 'killed')
     shutil.rmtree(tmp_path / 'killed' / 'step_00000020')
@@ -574,6 +602,8 @@ def test_a_run_does_not_go_on_with_another_optimizer(run, sheep):
     train(run, '--max_iters=2')
     result = train(run, '--max_iters=3', '--init_from=resume', '--optimizer=muon', code=1)
     assert "was trained with optimizer='adamw': resume it with this." in result.err
+    result = train(run, '--max_iters=3', '--init_from=resume', '--average_frac=0.1', code=1)
+    assert 'was trained with average_frac=None: resume it with this.' in result.err
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_as_another(run, sheep, tmp_path):
