@@ -30,7 +30,7 @@ LADDER = (  # layers and width
 )  # fmt: skip
 LEAST_TOKENS = 500  # with fewer there is nothing to choose
 MOST_EPOCHS = 20.0  # more were not tried
-MANY_EPOCHS = 6.0  # with more a larger model is worse
+MANY_EPOCHS = 6.0  # with more a larger model is no better
 WITHOUT_DROPOUT = 8.0  # epochs; more overfit
 BYTES = 20  # of a parameter: weight, gradient, moments and average. Others have as much memory
 MOST_OF_MEMORY = 0.8  # of a GPU, by the plan
@@ -156,7 +156,8 @@ def choose(config):
     config: the knobs of train.py. A run that is resumed keeps what was chosen for it. Raises
     UserError for what cannot be trained in this way.
     """
-    check_range(config, 1e-6, 10**9, 'max_minutes max_epochs plan_gpus')
+    check_range(config, 1, 10**9, 'plan_gpus')
+    check_range(config, 1e-6, 10**9, 'max_minutes max_epochs')
     check_range(config, 1e-6, 1, 'plan_mfu')
     if config['init_from'] not in plan.OWN_MODELS:
         raise UserError('config/fit.py chooses a model: take config/finetune.py for a given one.')

@@ -278,11 +278,10 @@ def join(folders, into):
     draft = Draft(into, {'time': time.time()})  # another join does not go on with it
     draft.open(facts, encoding)
     tokens = {}
-    begin = {}
     for folder in folders:
         for split in SPLITS:
             tokens[folder, split] = open_tokens(token_files(folder, split), facts['dtype'])
-            begin[folder, split] = 0
+    begin = dict.fromkeys(tokens, 0)
     for _, folder, row in heapq.merge(*map(in_places, folders)):
         key = folder, row['split']
         end = begin[key] + row['tokens']

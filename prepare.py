@@ -142,9 +142,7 @@ def describe_job(splits, column):
     """Return all that the result depends on, for job.json."""
     ignored = {'num_proc', 'quiet', 'merge', 'input', 'val_input', 'name'}
     job = {key: value for key, value in config.items() if key not in ignored}
-    job |= {'column': column, 'piece': sources.PIECE}
-    job['files'] = {}
-    job['stamps'] = []
+    job |= {'column': column, 'piece': sources.PIECE, 'files': {}, 'stamps': []}
     for key, files in splits.items():
         job['files'][key] = [[Path(file.name).name, file.size] for file in files]
         job['stamps'] += [[file.name, file.stamp] for file in files]

@@ -74,8 +74,7 @@ prompt = start
 if start and start.startswith('FILE:'):
     path = start.removeprefix('FILE:')
     try:
-        with open(path, encoding='utf-8') as file:
-            prompt = file.read()
+        prompt = Path(path).read_text(encoding='utf-8')
     except UnicodeDecodeError:
         raise UserError(f'{path} is not UTF-8 text.') from None
     except OSError as error:
