@@ -42,7 +42,7 @@ STEPS = 24
 # A run that does everything often, so that a random instant is in the middle of something.
 RUN = ['--dataset=sheep', *TINY, '--n_embd=64', '--dropout=0.1', '--gradient_accumulation_steps=2']
 RUN += [f'--max_iters={STEPS}', '--eval_interval=3', '--log_interval=1', '--sample_interval=5']
-RUN += ['--save_weights_interval=7', '--init_from=auto', '--dtype=float32']
+RUN += ['--save_weights_interval=7', '--init_from=auto', '--dtype=float32', '--average_frac=0.2']
 PREPARE = ['--input=texts', '--tokenizer=bpe', '--vocab_size=300', '--name=made']
 EXPORT = ['--out_dir=whole1', '--dtype=float32', '--to=killed.gguf']
 # A process that is killed may take this status: its own, or that of the signal.

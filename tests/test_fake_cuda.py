@@ -416,7 +416,7 @@ def train_on_gpu(sheep, run, monkeypatch, gpu):
 def test_a_run_reads_only_at_its_ends(train_on_gpu, gpu, monkeypatch, arch, dtype):
     monkeypatch.setitem(models.MAX_LOGITS, 'gpu', 2**14)  # in chunks
     flags = [f'--arch={arch}', f'--dtype={dtype}', '--optimizer=muon', '--max_iters=3']
-    flags += ['--n_layer=1', '--eval_interval=100']
+    flags += ['--n_layer=1', '--eval_interval=100', '--average_frac=0.2']
     flags += ['--gradient_accumulation_steps=2', '--log_interval=100', '--dropout=0.1']
     if arch != 'gpt2':
         flags.append('--n_kv_head=1')

@@ -53,6 +53,7 @@ def test_a_run_resumes_to_the_same_but_for_rounding(run, sheep, tmp_path, dtype,
     """Attention's backward pass adds up in any order."""
     flags = [*LONG, '--optimizer=muon', '--arch=qwen3', f'--dtype={dtype}', '--device=cuda']
     flags += [f'--compile={compiled}', '--dropout=0.1', '--max_iters=20', '--lr_decay_iters=20']
+    flags += ['--average_frac=0.2']
     train(run, *flags, out='whole')
     train(run, *flags, '--max_iters=10', out='halves')
     train(run, *flags, '--init_from=resume', out='halves')
