@@ -107,16 +107,17 @@ def bench_compare():
 def compare_recipes(candidates):
     """Train recipes in turns, with the same seeds, and say which differ by more than chance.
 
+    The order turns with each seed, for machines that grow slower or faster.
     Losses are compared by Welch's test. What a recipe takes to the loss of the first is compared
     seed by seed, by the t-test of the logarithm of the ratio. candidates: see list_candidates.
-    Every second seed has them in the opposite order, for machines that grow slower or faster.
     """
     compare.check_scipy()
     runs = {name: [] for name in candidates}  # {name: the evaluations of each seed}
     turns = []
+    order = list(candidates)
     for seed in range(1, seeds + 1):
-        order = list(candidates)[:: 1 if seed % 2 else -1]
         turns += [(seed, name) for name in order]
+        order.reverse()
     print(f'{len(turns)} runs, one after the other', flush=True)
     for seed, name in runtime.show_progress(turns, 'training'):
         path, flags = candidates[name]
@@ -144,9 +145,8 @@ def list_candidates():
     if grid is None:
         if len(_files) < 2:
             raise UserError('Name two recipes, or one and a grid: bench.py compare A.py B.py')
-        paths = [find_config(name) for name in _files]
-        names = [f'{number} {name}' for number, name in enumerate(_files, 1)]  # the same, maybe
-        return {name: (path, []) for name, path in zip(names, paths, strict=True)}
+        # Numbered, since it may be the same one twice.
+        return {f'{n} {name}': (find_config(name), []) for n, name in enumerate(_files, 1)}
     if len(_files) != 1:
         raise UserError('A grid is one of a single recipe: bench.py compare A.py --grid=...')
     axes = []

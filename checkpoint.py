@@ -1,6 +1,7 @@
 """A training state as a folder that is complete or absent, out_dir/step_00002000/, and back.
 
-    config.json, model.safetensors    the model, as `transformers` opens it
+    config.json, model.safetensors    the model, as `transformers` opens it; with average_frac the
+                                      averages, and the weights are in train_state.pt
     generation_config.json
     tokenizer.json, ...               the tokenizer's files
     train_state.pt                    progress, optimizer and scaler; read with weights_only=True
@@ -294,13 +295,16 @@ def quarantine_after(path):
 def load_run(out_dir, config, data):
     """Load the last checkpoint of a run, to resume it with these knobs and this Mixture.
 
-    Raises UserError where they are for another model, optimizer or text than the checkpoint's.
+    Raises UserError where they are for another model, optimizer, average or text than its own.
     """
     path = find(out_dir, 'last', training=True)
     meta = read_meta(path)
     knobs = meta['config']
     check_shape(path, out_dir, config, knobs)
-    for name in ('optimizer', 'average_frac'):  # their state is in the checkpoint
+    kept = ['optimizer', 'average_frac']  # their state is in the checkpoint
+    if config['average_frac']:
+        kept.append('freeze')  # what is frozen later would stay an average
+    for name in kept:
         before = knobs.get(name)
         if before != config[name]:
             raise UserError(f'{path} was trained with {name}={before!r}: resume it with this.')

@@ -51,7 +51,7 @@ def tokens_per_parameter(n_tokens, n_unique):
     Few where the run is short: 20, the optimum for a given number of operations (Hoffmann et al.,
     2022), supposes that the loss is not limited by the number of steps. A text of n_unique is as
     good as new for some epochs (Muennighoff et al., 2023, "Scaling data-constrained language
-    models"); with more of them a larger model overfits.
+    models"); with more of them a larger model is no better.
     """
     excess = max(1.0, n_tokens / n_unique / MANY_EPOCHS)
     # n_tokens / excess are as good as new.
@@ -170,7 +170,7 @@ def choose(config):
         return {'out_dir': out_dir}  # which train.py refuses to overwrite
     if config['init_from'] == 'resume' or (has_run and config['init_from'] == 'auto'):
         before = read_meta(find(out_dir, 'last', training=True))['config']
-        return {name: before[name] for name in CHOSEN.split()} | {'out_dir': out_dir}
+        return {name: before.get(name) for name in CHOSEN.split()} | {'out_dir': out_dir}
 
     minutes = config['max_minutes']
     if minutes is None:
@@ -193,8 +193,8 @@ def choose(config):
     # for the epochs stays as it is.
     if recipe['dropout'] == 0.0 and config['max_epochs'] is None:
         n_epochs = WITHOUT_DROPOUT
-    epochs = f'at most {n_epochs:g} epochs'
-    say('        taken {n_layer} x {n_embd}, dropout {dropout}, '.format(**recipe) + epochs)
+    taken = '{n_layer} x {n_embd}, dropout {dropout}, average_frac {average_frac}'.format(**recipe)
+    say(f'        taken {taken}, at most {n_epochs:g} epochs')
     n_val = sum(len(each.val) for each in data.datasets)
     recipe |= pick_intervals(n_tokens / tokens_per_step(recipe), n_val / n_tokens, minutes / 60)
     recipe |= {'max_epochs': n_epochs, 'out_dir': out_dir}

@@ -69,8 +69,9 @@ def make_optimizers(
     Each has its peak learning rate in `defaults['lr']`. dtype, compile: for Muon's products.
 
     One that you add must keep all that it remembers as tensors in `state[parameter]`, which are
-    saved and, after timed steps, undone; and where its `found_inf`, which train.py sets before each
-    step, is 1.0 it must change nothing, without looking: that would wait for the device.
+    saved and, after timed steps, undone (without any, no average is kept either); and where its
+    `found_inf`, which train.py sets before each step, is 1.0 it must change nothing, without
+    looking: that would wait for the device.
     """
     groups = parameter_groups(model, weight_decay)
     for_adamw = groups
@@ -135,14 +136,41 @@ def check_device(arch, device, dtype):
         raise UserError(f'{what} {how} {torch.__version__}. Try another version, or --device=cpu.')
 
 
+class SkippedSteps:
+    """Counters, on the device, of the steps whose loss or gradient is not finite.
+
+    A streak of them may begin and end between two looks, so the longest has its own counter.
+    """
+
+    def __init__(self, device, total=0, streak=0):
+        self.total = torch.tensor(float(total), device=device)
+        self.streak = torch.tensor(float(streak), device=device)
+        self.longest = torch.zeros((), device=device)
+
+    def add(self, skip):
+        """Count a step: skip is tensor(1.0) for one that is skipped, else tensor(0.0)."""
+        self.total += skip
+        self.streak = (self.streak + 1) * skip
+        self.longest = torch.maximum(self.longest, self.streak)
+
+    def read(self):
+        """Return how many there were, the present streak, and the longest since the start."""
+        counters = torch.stack((self.total, self.streak, self.longest))
+        return [int(count) for count in counters.tolist()]
+
+
+# -----------------------------------------------------------------------------
+# averages
+
+
 @torch.no_grad()
 def average_weights(optimizers, step, average_frac):
     """Move the running average of each trained weight towards the weight, after this many steps.
 
     The average is over a fraction of the steps so far, so it is as good early as late: step t of T
-    counts as (t / T)^(1 / average_frac - 1) (Karras et al., 2024, "Analyzing and improving the
-    training dynamics of diffusion models", with its power function). 1.0 is the mean of all steps,
-    None: there is no average.
+    counts about as (t / T)^(1 / average_frac - 1), the power function of Karras et al., 2024,
+    "Analyzing and improving the training dynamics of diffusion models". 1.0 is the mean of all
+    steps, also of those that were skipped; None: there is no average.
     """
     if average_frac is None:
         return
@@ -167,29 +195,6 @@ def swap_averages(model, optimizers):
                 weight = parameter.detach().clone()
                 parameter.copy_(state['average'])
                 state['average'].copy_(weight)
-
-
-class SkippedSteps:
-    """Counters, on the device, of the steps whose loss or gradient is not finite.
-
-    A streak of them may begin and end between two looks, so the longest has its own counter.
-    """
-
-    def __init__(self, device, total=0, streak=0):
-        self.total = torch.tensor(float(total), device=device)
-        self.streak = torch.tensor(float(streak), device=device)
-        self.longest = torch.zeros((), device=device)
-
-    def add(self, skip):
-        """Count a step: skip is tensor(1.0) for one that is skipped, else tensor(0.0)."""
-        self.total += skip
-        self.streak = (self.streak + 1) * skip
-        self.longest = torch.maximum(self.longest, self.streak)
-
-    def read(self):
-        """Return how many there were, the present streak, and the longest since the start."""
-        counters = torch.stack((self.total, self.streak, self.longest))
-        return [int(count) for count in counters.tolist()]
 
 
 # -----------------------------------------------------------------------------

@@ -360,6 +360,7 @@ if (split is not None or val_split is not None) and not from_hub:
 
 shard_number = 0
 n_shards = 1
+draft_folder = target.with_name(f'.{target.name}.draft')
 if shard is not None:
     match = re.fullmatch(r'([0-9]{1,5})/([0-9]{1,5})', shard)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
@@ -368,14 +369,11 @@ if shard is not None:
         raise UserError('shard goes together neither with max_tokens nor with merge.')
     shard_number = int(match[1]) - 1
     n_shards = int(match[2])
+    draft_folder = target.with_name(f'{target.name}-{shard_number + 1}-of-{n_shards}')
 
 encoding = None  # the tokenizer itself
 if tokenizer not in ('bpe', 'char') and not merge:  # those two are made from the text, below
     encoding = tokenizers.build(tokenizer)
-
-draft_folder = target.with_name(f'.{target.name}.draft')
-if shard is not None:
-    draft_folder = target.with_name(f'{target.name}-{shard_number + 1}-of-{n_shards}')
 
 # -----------------------------------------------------------------------------
 # Read, or join what several machines have read.

@@ -74,7 +74,8 @@ prompt = start
 if start and start.startswith('FILE:'):
     path = start.removeprefix('FILE:')
     try:
-        prompt = Path(path).read_text(encoding='utf-8')
+        with open(path, encoding='utf-8') as file:
+            prompt = file.read()
     except UnicodeDecodeError:
         raise UserError(f'{path} is not UTF-8 text.') from None
     except OSError as error:

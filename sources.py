@@ -142,9 +142,8 @@ def find_in_folder(folder, known):
             folders.clear()
             continue
         visited.add(os.path.realpath(here))
-        n_folders = len(folders)
+        others['hidden'] += sum(name.startswith('.') for name in folders)
         folders[:] = sorted(name for name in folders if not name.startswith('.'))
-        others['hidden'] += n_folders - len(folders)
         for name in sorted(names):
             path = Path(here, name)
             suffix, _ = kind_of(path)

@@ -53,8 +53,7 @@ def choose(monkeypatch, run, quick):
         config = {
             'dataset': 'text', 'max_minutes': minutes, 'init_from': 'scratch', 'out_dir': 'out',
             'plan': True, 'plan_gpus': 1, 'plan_gpu': 'CPU', 'plan_mfu': 0.4, 'dtype': 'auto',
-            'device': 'cpu', 'freeze': None, 'average_frac': None, 'bias': True, 'n_kv_head': None,
-            'max_epochs': None,
+            'device': 'cpu', 'freeze': None, 'bias': True, 'n_kv_head': None, 'max_epochs': None,
         }  # fmt: skip
         return dial.choose(config | knobs)
 
@@ -118,7 +117,7 @@ def test_gpus_train_what_the_literature_says(choose):
     assert 15 < n_tokens / n_parameters < 60
     assert recipe['gradient_accumulation_steps'] % 8 == 0
     assert recipe['learning_rate'] < 0.005
-    config = {'dtype': 'bfloat16', 'freeze': None, 'average_frac': None, **recipe}
+    config = {'dtype': 'bfloat16', 'freeze': None, **recipe}
     assert plan.dry_run(shape, config, False, 'gpu')['peak'] < 0.8 * 80 * 2**30
     small = choose(10**11, 9, n_vocab=50257, plan_gpu='T4')
     # The optimum grows as the root of the operations (Hoffmann et al.), of which a T4 has 1/122.
@@ -142,7 +141,7 @@ def test_what_it_chooses_fits_into_memory(choose, gpu, n_gpus, minutes):
     recipe = choose(10**11, minutes, n_vocab=50257, plan_gpu=gpu, plan_gpus=n_gpus)
     names = ('n_layer', 'n_head', 'n_embd', 'block_size')
     shape = GPTConfig(arch='qwen3', vocab_size=50257, **{name: recipe[name] for name in names})
-    config = {'dtype': 'bfloat16', 'freeze': None, 'average_frac': None, **recipe}
+    config = {'dtype': 'bfloat16', 'freeze': None, **recipe}
     room = plan.room_gib(gpu) * 2**30
     assert plan.dry_run(shape, config, False, 'gpu')['peak'] < room
     assert recipe['gradient_accumulation_steps'] % n_gpus == 0
@@ -206,11 +205,17 @@ def test_a_run_by_the_dial_repeats_and_resumes(run, quick, sheep, tmp_path):
     assert 'fit ' not in again.err
     assert same(weights(tmp_path / 'again', last), weights(out, last))
 
-    # What is resumed is not chosen again; from scratch it is refused, before anything is timed.
+    # What is resumed is not chosen again, not even of a run from before there were averages.
     resumed = run('train.py', *flags, '--init_from=resume')
     assert resumed.code == 0, resumed.err
     assert 'it has all its steps' in resumed.out
     assert ' was ' not in resumed.out
+    (checkpoint, *_) = out.glob(f'step_*{last}')
+    meta = json.loads((checkpoint / 'meta.json').read_text())
+    del meta['config']['average_frac']
+    (checkpoint / 'meta.json').write_text(json.dumps(meta))
+    assert 'it has all' in run('train.py', *flags, '--init_from=resume').out
+    # From scratch it is refused, before anything is timed.
     refused = run('train.py', *flags, '--max_minutes=9')
     assert refused.is_one_sentence
     assert 'out-sheep holds a run' in refused.err

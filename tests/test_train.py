@@ -598,12 +598,15 @@ def test_a_run_does_not_go_on_with_another_text(run, sheep):
     assert 'data/sheep has changed since out/step_00000002' in result.err
 
 
-def test_a_run_does_not_go_on_with_another_optimizer(run, sheep):
+def test_a_run_does_not_go_on_with_another_optimizer_or_average(run, sheep):
     train(run, '--max_iters=2')
     result = train(run, '--max_iters=3', '--init_from=resume', '--optimizer=muon', code=1)
     assert "was trained with optimizer='adamw': resume it with this." in result.err
     result = train(run, '--max_iters=3', '--init_from=resume', '--average_frac=0.1', code=1)
     assert 'was trained with average_frac=None: resume it with this.' in result.err
+    train(run, '--max_iters=2', '--average_frac=0.1', out='averaged')
+    again = ['--max_iters=3', '--init_from=resume', '--average_frac=0.1', '--freeze=1']
+    assert 'trained with freeze=None: ' in train(run, *again, out='averaged', code=1).err
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_as_another(run, sheep, tmp_path):
