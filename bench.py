@@ -60,6 +60,7 @@ json_file: str | None = None  # write the figures there, too
 # -----------------------------------------------------------------------------
 
 ROOT = Path(__file__).parent
+STEPS = ['plain', 'ours', 'plain compiled', 'ours compiled']  # variants of a step
 
 
 def pick_variants(device, known):
@@ -217,8 +218,7 @@ def bench_step():
     Plain torch has an unfused AdamW and all logits at once.
     """
     torch_device = torch.device(pick_device(device))
-    known = ['plain', 'ours', 'plain compiled', 'ours compiled']
-    return measure_steps(torch_device, pick_variants(torch_device, known), repeats)
+    return measure_steps(torch_device, pick_variants(torch_device, STEPS), repeats)
 
 
 def measure_steps(torch_device, names, repeats):
@@ -398,8 +398,7 @@ def bench_gpu():
     if variants:
         raise UserError('variants is for step and sample: bench.py gpu measures all.')
     figures = {}
-    known = ['plain', 'ours', 'plain compiled', 'ours compiled']
-    figures['step'] = measure_steps(torch_device, pick_variants(torch_device, known), 1)
+    figures['step'] = measure_steps(torch_device, pick_variants(torch_device, STEPS), 1)
     print()
     figures['chunks'] = measure_steps(torch_device, pick_variants(torch_device, CHUNKS), 1)
     print()

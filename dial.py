@@ -31,6 +31,7 @@ LADDER = (  # layers and width
 LEAST_TOKENS = 500  # with fewer there is nothing to choose
 MOST_EPOCHS = 20.0  # more were not tried
 MANY_EPOCHS = 6.0  # with more a larger model is no better
+WITHOUT_AVERAGE = 4.0  # epochs; of more, averaged weights are better
 WITHOUT_DROPOUT = 8.0  # epochs; more overfit
 BYTES = 20  # of a parameter: weight, gradient, moments and average. Others have as much memory
 MOST_OF_MEMORY = 0.8  # of a GPU, by the plan
@@ -79,8 +80,8 @@ def pick_dropout(n_epochs):
 
 
 def pick_average(n_epochs):
-    """Return average_frac: of a text that is seen once, the average is no better."""
-    return 0.15 if n_epochs > 1 else None
+    """Return average_frac: of a text that is seen once or twice, the average is no better."""
+    return 0.15 if n_epochs > WITHOUT_AVERAGE else None
 
 
 def pick_weight_decay(n_steps, steps_per_epoch):

@@ -569,10 +569,8 @@ def _config_file(names):
 def _loss(text, decoded):
     """Return the error for a text that comes back from its ids as another."""
     before, after = _excerpts(text, decoded)
-    return UserError(
-        f'The tokenizer would lose text: {before!r} comes back from its ids as {after!r}. '
-        'Clean the text, or use another tokenizer.'
-    )
+    what = f'The tokenizer would lose text: {before!r} comes back from its ids as {after!r}'
+    return UserError(f'{what}. Clean the text, or use another tokenizer.')
 
 
 def _excerpts(text, decoded):
