@@ -104,7 +104,7 @@ def dry_run(shape, knobs, activation_checkpointing, where='cpu', block_dtype=Non
                 setattr(layer, name, torch.nn.Parameter(parameter.detach().to(block_dtype)))
         if activation_checkpointing:
             model.checkpoint_activations()
-        weights = memory.now
+        weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         optimizers = make_training(model, knobs)
 
         # The state of an optimizer is created by its first step.
