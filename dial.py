@@ -159,7 +159,7 @@ def choose(config):
     """
     check_range(config, 1, 10**9, 'plan_gpus')
     check_range(config, 1e-6, 10**9, 'max_minutes max_epochs')
-    check_range(config, 1e-6, 1, 'plan_mfu')
+    check_range(config, 1e-6, 1, 'plan_mfu average_frac')
     if config['init_from'] not in plan.OWN_MODELS:
         raise UserError('config/fit.py chooses a model: take config/finetune.py for a given one.')
     names, shares = parse_mixture(config['dataset'])

@@ -69,7 +69,7 @@ def make_optimizers(
     Each has its peak learning rate in `defaults['lr']`. dtype, compile: for Muon's products.
 
     One that you add must keep all that it remembers as tensors in `state[parameter]`, which are
-    saved and, after timed steps, undone (without any, no average is kept either); and where its
+    saved and, after timed steps, undone; parameters without a state have no average. And where its
     `found_inf`, which train.py sets before each step, is 1.0 it must change nothing, without
     looking: that would wait for the device.
     """

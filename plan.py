@@ -36,7 +36,7 @@ from inference import load_tokenizer
 from model import GPT, MAX_FILE, MAX_LOGITS, PUBLISHED, GPTConfig, find_pretrained, read_config
 from optim import average_weights, freeze, make_optimizers, make_rounds, parameter_groups
 from parallel import check_division
-from report import duration, print_length, print_shape
+from report import describe_shape, duration, print_length
 from runtime import GPUS, UserError, keep_freed_memory, make_autocast, peak_memory_gib
 
 # The columns of the table of memory, and their widths.
@@ -298,7 +298,7 @@ def print_plan(config):
         model = GPT(shape)
     freeze(model, config['freeze'])
 
-    print_shape(model)
+    print(describe_shape(model), flush=True)
     rows = memory_rows(model, config)
     held = rows['DDP']
     saved = held['weights'] + held['optimizer']

@@ -50,11 +50,11 @@ def print_line(text):
             runtime.request_stop(signal.SIGTERM, None)
 
 
-def print_shape(model):
-    """Print the architecture of a model and its size."""
+def describe_shape(model):
+    """Return a line on the architecture of a model and its size."""
     c = model.config
     size = f'{c.n_layer} layers, {c.n_head} heads, n_embd {c.n_embd}'
-    print_line(f'model   {c.arch}, {size}: {model.count_parameters():,} parameters')
+    return f'model   {c.arch}, {size}: {model.count_parameters():,} parameters'
 
 
 def print_model(model, data, device, precision, compiles, parallel):
@@ -67,7 +67,7 @@ def print_model(model, data, device, precision, compiles, parallel):
     if parallel.launched:
         where += f' x {parallel.world_size} processes'
     compiled = 'compiled' if compiles else 'not compiled'
-    print_shape(model)
+    print_line(describe_shape(model))
     print_line(f'data    {data.describe()}')
     print_line(f'device  {where}, {precision}, {compiled}')
 

@@ -179,7 +179,7 @@ if from_scratch:
     model = GPT(GPTConfig(vocab_size=tokenizer.n_vocab, **shape))
     run_config['init_from'] = 'scratch'
 elif resuming:
-    saved = checkpoint.load_run(out_dir, config, data)  # refuses another model or text
+    saved = checkpoint.load_run(out_dir, config, data)  # refuses another model, optimizer or text
     progress = saved.progress
     model = GPT.from_pretrained(saved.path, dropout=dropout)
     tokenizer = load_tokenizer(saved.path, model.config.vocab_size)

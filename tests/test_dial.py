@@ -283,6 +283,7 @@ def test_a_plan_shows_what_it_chooses(run, quick, sheep):
         (['--max_minutes=1', '--max_epochs=-1'], 'max_epochs=-1.0: must be from'),
         (['--max_minutes=1', '--plan_gpus=0', '--plan'], 'plan_gpus=0: must be from 1 '),
         (['--max_minutes=1', '--init_from=resume'], 'out-sheep has no checkpoint'),
+        (['--max_minutes=1', '--average_frac=2'], 'average_frac=2.0: must be from'),
         (['--max_minutes=1', '--lerning_rate=1'], 'Did you mean learning_rate?'),
         (['--max_minutes=1', '--device=banana'], "device='banana' cannot be used here"),
         (['--max_minutes=1', '--device=xpu'], "device='xpu' cannot be used here"),

@@ -498,6 +498,16 @@ def test_output_to_a_full_disk_does_not_end_the_run(sheep, tmp_path):
     assert checkpoint.checkpoints(tmp_path / 'out')[-1].name == 'step_00000003'
 
 
+def test_a_plan_to_a_full_disk_is_an_error(sheep, tmp_path):
+    line = [sys.executable, str(ROOT / 'train.py'), '--dataset=sheep', *TINY, '--plan']
+    with open('/dev/full', 'w') as full:
+        result = subprocess.run(
+            line, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, timeout=60
+        )
+    assert result.returncode == 1
+    assert b'No space left on device' in result.stderr
+
+
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
