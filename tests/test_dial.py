@@ -54,6 +54,7 @@ def choose(monkeypatch, run, quick):
             'dataset': 'text', 'max_minutes': minutes, 'init_from': 'scratch', 'out_dir': 'out',
             'plan': True, 'plan_gpus': 1, 'plan_gpu': 'CPU', 'plan_mfu': 0.4, 'dtype': 'auto',
             'device': 'cpu', 'freeze': None, 'bias': True, 'n_kv_head': None, 'max_epochs': None,
+            'average_frac': None,
         }  # fmt: skip
         return dial.choose(config | knobs)
 
