@@ -59,13 +59,18 @@ def as_assignment(pair):
 def command_lines(script, knobs):
     """Lists of arguments, of which ('config', text) is to become a config file.
 
-    knobs: {name: default}. Most values are of a knob's type, so that many get past the first check.
+    knobs: {name: default}. Most values are of a knob's type, and of a text, such as a choice, a
+    third is the default, so that many get past the first check.
     """
+
+    def values(knob):
+        default = knobs[knob]
+        defaults = [default] * (len(TEXTS) // 2) if isinstance(default, str) else []
+        return [*VALUES[type(default)], *defaults]
+
     name = st.sampled_from(list(knobs))
     misspelt = name.map(lambda knob: knob[:-1] + knob[:1])
-    fitting = name.flatmap(
-        lambda knob: st.tuples(st.just(knob), st.sampled_from(VALUES[type(knobs[knob])]))
-    )
+    fitting = name.flatmap(lambda knob: st.tuples(st.just(knob), st.sampled_from(values(knob))))
     any_pair = st.tuples(name, st.sampled_from(ANY_VALUE))
     pair = st.one_of(*[fitting] * 9, any_pair, st.tuples(misspelt, st.just('1')))
 
